@@ -1,0 +1,44 @@
+# Two commands: `make demo` and `make test`. Each installs what it needs into .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint install help
+
+help:
+	@echo "make demo   install bevel and run recipes/digits.yaml"
+	@echo "make test   install every extra, run linters and tests"
+
+# A finished run is not repeated: bevel prints its table again.
+demo: install
+	$(BIN)/bevel run recipes/digits.yaml
+
+test: $(VENV)/.installed-all lint
+	$(BIN)/pytest -n $${TEST_WORKERS:-2}
+
+lint: $(VENV)/.installed-all
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "bevel needs Python 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# An editable install, so that a pulled change runs without installing again.
+$(VENV)/.installed: $(INPUTS) | $(VENV)/.created
+	@echo "Installing bevel into $(VENV): a few minutes, once."
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-all: $(INPUTS) | $(VENV)/.created
+	@echo "Installing bevel with every extra into $(VENV): a few minutes, once."
+	$(PIP) install -c constraints.txt -e '.[all]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,375 @@
+"""One verb per stage on files: prune, verify, finetune, export, measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bevel.cli import console, networks
+from bevel.cli.listing import complete_model, completing
+from bevel.cli.runs import Json, Set
+from bevel.core import plugins
+from bevel.core import recipe as recipes
+from bevel.core.errors import ProofError, RecipeError
+from bevel.core.files import sha256
+from bevel.core.recipe import FinetuneStep, Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bevel.prune.verify import Proof
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model's name as in a recipe, or a file that bevel prune wrote.",
+        autocompletion=complete_model,
+    ),
+]
+PrunedFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A file that bevel prune or finetune wrote.")
+]
+Factory = Annotated[
+    str | None,
+    typer.Option("--model", help="For a file: the model's name, over what the file states."),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the model. May be repeated."),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Trained weights of the original: .safetensors, .pt, .pth, .th.")
+]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="NxCxHxW", help="Shape of an input, such as 1x3x32x32."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe, for its data and settings.")
+]
+Runtime = Annotated[str, typer.Option(help="See: bevel list runtimes.", **completing("runtimes"))]
+Out = Annotated[Path, typer.Option(help="The file to write.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for command in (prune, verify, finetune, export, measure):
+        app.command()(command)
+
+
+def prune(
+    model: Model,
+    out: Out,
+    checkpoint: Checkpoint = None,
+    arguments: Arguments = None,
+    input_shape: Input = None,
+    factory: Factory = None,
+    criterion: Annotated[
+        str, typer.Option(help="See: bevel list criteria.", **completing("criteria"))
+    ] = "l2",
+    allocate: Annotated[
+        str, typer.Option(help="See: bevel list allocators.", **completing("allocators"))
+    ] = "global",
+    macs: Annotated[float | None, typer.Option(help="Share of the MACs that may remain.")] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Share of the parameters that may remain.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the channels to remove; instead of a budget.")
+    ] = None,
+    align: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Modules (globs) that keep all. May be repeated.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: Set = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data.")] = None,
+    json: Json = False,
+) -> None:
+    """Remove channels from a network, prove that nothing else changed, and save it."""
+    networks.check_output(out, networks.SUFFIX)
+    request = _pruning_request(criterion, allocate, macs, params, ratio, align, ignore)
+    source = networks.read_recipe(recipe, overrides, data=data, root=root)
+    if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
+        raise RecipeError(
+            f"--allocate {allocate} measures on held-out images: "
+            "give --recipe, or --data and --root"
+        )
+    with console.working(quiet_stdout=json):
+        import bevel
+
+        network = networks.open_network(
+            model,
+            factory=factory,
+            arguments=arguments,
+            checkpoint=checkpoint,
+            input_shape=input_shape,
+        )
+        example = network.example()
+        plan = bevel.plan_pruning(
+            network.net,
+            example,
+            calibration=_validation(source, network.net),
+            seed=source.seed if source else 0,
+            **request,
+        )
+        pruned = bevel.prune(network.net, plan)
+        proof = bevel.verify_pruning(network.net, pruned, plan, example)
+        whole = network.plan.then(plan) if network.plan is not None else plan
+        bevel.save_pruned(pruned, whole, out, model=network.description())
+    if json:
+        groups = [group.model_dump(mode="json") for group in plan.groups]
+        console.print_json(
+            _written(out)
+            | {"before": plan.before.model_dump(), "after": plan.after.model_dump()}
+            | {"groups": groups, "proof": proof.model_dump(mode="json"), "notes": plan.notes}
+        )
+        return
+    for note in plan.notes:
+        console.say(f"note: {note}")
+    console.print_text(
+        f"{out}: MACs {plan.before.macs:,} -> {plan.after.macs:,} "
+        f"({plan.after.macs / plan.before.macs:.0%}), parameters {plan.before.params:,} -> "
+        f"{plan.after.params:,} ({plan.after.params / plan.before.params:.0%})\n{_proven(proof)}"
+    )
+
+
+def _pruning_request(
+    criterion: str,
+    allocate: str,
+    macs: float | None,
+    params: float | None,
+    ratio: float | None,
+    align: int,
+    ignore: list[str] | None,
+) -> dict[str, Any]:
+    """The options checked as a recipe's prune step is, as arguments of `plan_pruning`.
+
+    Raises:
+        RecipeError: one of them is out of range, or budget and ratio are mixed up.
+    """
+    from pydantic import ValidationError
+
+    from bevel.core.recipe import Budget, PruneStep
+
+    try:
+        budget = Budget(macs=macs, params=params) if macs or params else None
+        step = PruneStep(
+            criterion=criterion,
+            allocate=allocate,
+            budget=budget,
+            ratio=ratio,
+            align=align,
+            ignore=ignore or [],
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = f"--{first['loc'][-1]}: " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            message = "give --macs or --params (what may remain) or --ratio (what is removed)"
+        raise RecipeError(f"{option}{message}") from error
+    return {
+        "criterion": step.criterion,
+        "allocate": step.allocate,
+        "budget": step.budget.limits() if step.budget else None,
+        "ratio": step.ratio,
+        "align": step.align,
+        "ignore": step.ignore,
+    }
+
+
+def verify(
+    file: PrunedFile,
+    checkpoint: Checkpoint = None,
+    factory: Factory = None,
+    arguments: Arguments = None,
+    input_shape: Input = None,
+    json: Json = False,
+) -> None:
+    """Prove that a pruned network equals its original with the same channels zeroed.
+
+    For a file as bevel prune wrote it: fine-tuned weights differ from the original's.
+    """
+    with console.working(quiet_stdout=json):
+        import bevel
+
+        network = networks.open_network(
+            str(file), factory=factory, arguments=arguments, input_shape=input_shape
+        )
+        if network.plan is None:
+            raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
+        original = network.original(checkpoint)
+        try:
+            proof = bevel.verify_pruning(original, network.net, network.plan, network.example())
+        except ProofError as error:
+            weights = "other weights" if checkpoint else "untrained weights: give --checkpoint"
+            raise ProofError(
+                f"{file} is not its original pruned, or that has {weights}, or the file was "
+                f"fine-tuned since: {error}"
+            ) from error
+    if json:
+        console.print_json({"file": str(file), "proof": proof.model_dump(mode="json")})
+    else:
+        console.print_text(_proven(proof))
+
+
+def finetune(
+    file: PrunedFile,
+    out: Out,
+    recipe: Annotated[Path, typer.Option("--recipe", help="For its data, model and settings.")],
+    overrides: Set = None,
+    factory: Factory = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Over the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Over the recipe's.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a pruned network as the recipe's last finetune step says."""
+    networks.check_output(out, networks.SUFFIX)
+    source = recipes.load(recipe, tuple(overrides or ()))
+    settings = _finetune_settings(source, epochs, lr)
+    with console.working(quiet_stdout=json):
+        import bevel
+
+        network = networks.open_network(str(file), factory=factory)
+        if network.plan is None:
+            raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
+        data = networks.fitting_data(source, network.net)
+        teacher = None
+        if settings.distill is not None:
+            teacher = bevel.build_model(
+                source.model.name, source.model.arguments, source.model.checkpoint
+            )
+        trained = bevel.finetune(network.net, data, settings, seed=source.seed, teacher=teacher)
+        bevel.save_pruned(trained.net, network.plan, out, model=network.description())
+    top1 = trained.history[-1]["validation_top1"]
+    if json:
+        console.print_json(
+            _written(out) | {"history": trained.history, "execution": trained.execution}
+        )
+    else:
+        console.print_text(f"{out}: validation accuracy {top1:.2%}")
+
+
+def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> FinetuneStep:
+    """The recipe's last finetune step with the options over it."""
+    steps = [step.finetune for step in source.steps if step.finetune is not None]
+    if not steps:
+        raise RecipeError(f"the recipe {source.name} has no finetune step: add one to its steps")
+    if lr is not None and lr <= 0:
+        raise RecipeError(f"--lr {lr}: expected more than 0")
+    given = {"epochs": epochs, "lr": lr}
+    return steps[-1].model_copy(update={k: v for k, v in given.items() if v is not None})
+
+
+def export(
+    model: Model,
+    out: Out,
+    runtime: Runtime = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="float32 or int8.")] = "float32",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="For its data: int8 is calibrated on images.")
+    ] = None,
+    overrides: Set = None,
+    factory: Factory = None,
+    checkpoint: Checkpoint = None,
+    arguments: Arguments = None,
+    input_shape: Input = None,
+    json: Json = False,
+) -> None:
+    """Export a network for a runtime, quantized if asked; writes FILE and FILE.json."""
+    networks.check_output(out)
+    source = networks.read_recipe(recipe, overrides)
+    if precision == "int8" and source is None:
+        raise RecipeError("int8 is calibrated on images: give --recipe with a data section")
+    with console.working(quiet_stdout=json):
+        import bevel
+
+        network = networks.open_network(
+            model,
+            factory=factory,
+            arguments=arguments,
+            checkpoint=checkpoint,
+            input_shape=input_shape,
+        )
+        calibration = None
+        if source is not None and precision != "float32":
+            data = networks.fitting_data(source, network.net)
+            calibration = data.batches("train", limit=source.calibration.images)
+        artifact = bevel.export(
+            network.net,
+            network.example(),
+            runtime=runtime,
+            precision=precision,
+            calibration=calibration,
+            path=out,
+        )
+    if json:
+        console.print_json(artifact.model_dump(mode="json"))
+    else:
+        console.print_text(f"{out}: {artifact.size_bytes:,} bytes, sha256 {artifact.sha256}")
+
+
+def measure(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Files that bevel export wrote.")
+    ],
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="See: bevel list devices.", **completing("devices"))
+    ] = "local",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="For its data: accuracy on the test images.")
+    ] = None,
+    overrides: Set = None,
+    json: Json = False,
+) -> None:
+    """Run exported files: latency (interleaved), memory and, with a recipe's data, accuracy."""
+    source = networks.read_recipe(recipe, overrides)
+    with console.working(quiet_stdout=json):
+        import bevel
+        from bevel.measure.bench import Subject, measure_all
+        from bevel.runtimes import open_artifact
+
+        subjects = [Subject(str(path), open_artifact(path), None) for path in artifacts]
+        batches = None
+        if source is not None:
+            batches = bevel.load_data(source.data, seed=source.seed).batches("test")
+        found = measure_all(subjects, device=device, threads=threads, batches=batches)
+    if json:
+        console.print_json({"measurements": [m.model_dump(mode="json") for m in found]})
+        return
+    from bevel.report import MEASURED, measured
+
+    console.print_table(MEASURED, measured(found))
+    for measurement in found:
+        for warning in measurement.warnings:
+            console.say(f"warning: {measurement.label}: {warning}")
+
+
+def _validation(source: Recipe | None, net: nn.Module) -> Any:
+    """Labelled images for allocators that measure sensitivity."""
+    if source is None:
+        return None
+    data = networks.fitting_data(source, net)
+    return data.batches("validation", limit=source.calibration.images)
+
+
+def _proven(proof: Proof) -> str:
+    """A proof in a sentence."""
+    return (
+        f"proof: equals the original with the removed channels zeroed, to {proof.worst:.1e} of the "
+        f"largest output (float64, {proof.inputs} inputs; allowed {proof.tolerance:.0e})"
+    )
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """A file that a command wrote, for --json."""
+    return {"file": str(path), "size_bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,0 +1,355 @@
+"""The recipe: what to do, as YAML validated by pydantic. Names are resolved later, by the stages.
+
+A recipe names a model, data, an ordered list of steps, targets and a seed. `load` reads a file,
+applies `a.b=c` overrides and turns every mistake into one line that names the key.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bevel.core.errors import RecipeError, one_line, suggestion
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ModelSection(Section):
+    """Which network, with which weights."""
+
+    name: str = Field(
+        description="bevel:NAME, torchvision:NAME, timm:NAME or path/to/file.py:factory"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the factory"
+    )
+    checkpoint: Path | None = Field(
+        default=None, description=".safetensors, or .pt/.pth/.th read with weights_only=True"
+    )
+
+
+class Normalize(Section):
+    """Per-channel mean and standard deviation of images scaled to 0..1."""
+
+    mean: list[float] = Field(min_length=1)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def same_length(self) -> Normalize:
+        """Mean and standard deviation are for the same channels."""
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
+        return self
+
+
+class Augment(Section):
+    """Random changes of training images."""
+
+    flip: bool = Field(default=False, description="mirror left to right, half of the time")
+    crop: Literal["none", "pad", "resized"] = Field(
+        default="none",
+        description="pad: pad by `padding` and crop back; resized: random area and aspect ratio",
+    )
+    padding: int = Field(default=4, ge=0, description="pixels, for crop: pad")
+
+
+class DataSection(Section):
+    """Which images, and how they become tensors."""
+
+    name: str = Field(description="digits, cifar10, cifar100, imagefolder or file.py:factory")
+    root: Path | None = Field(default=None, description="folder that holds the data")
+    download: bool = Field(default=False, description="fetch the data into root if it is absent")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of a file.py:factory"
+    )
+    size: int | None = Field(
+        default=None, ge=1, description="square side in pixels that the network sees"
+    )
+    resize: int | None = Field(
+        default=None, ge=1, description="shorter side before the centre crop; default: size"
+    )
+    normalize: Normalize | None = Field(default=None, description="default: scale to 0..1 only")
+    augment: Augment = Augment()
+    validation: float = Field(
+        default=0.1, gt=0, lt=1, description="share of train held out where the data has no split"
+    )
+    batch_size: int = Field(default=128, ge=1)
+    workers: int = Field(default=0, ge=0, description="processes that decode large images")
+
+
+class Distill(Section):
+    """Learn from the original network's outputs as well as from the labels (Hinton et al. 2015)."""
+
+    weight: float = Field(default=0.5, ge=0, le=1, description="share of the loss")
+    temperature: float = Field(default=4.0, gt=0)
+
+
+class TrainStep(Section):
+    """Train with SGD, momentum, linear warm-up and cosine decay."""
+
+    epochs: int = Field(ge=1)
+    lr: float = Field(default=0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup_epochs: float = Field(default=0.5, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    distill: Distill | None = None
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of the averaged weights that are kept"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: the fastest of those measured on this machine"
+    )
+    compile: Literal["auto", "never"] = Field(
+        default="auto", description="auto: torch.compile where it pays for its compile time"
+    )
+
+
+class FinetuneStep(TrainStep):
+    """Train the compressed network, gentler than from scratch."""
+
+    lr: float = Field(default=0.02, gt=0, description="peak learning rate")
+
+
+class Budget(Section):
+    """What may remain, as a fraction of the original: all that are given must hold."""
+
+    macs: Fraction | None = None
+    params: Fraction | None = None
+
+    @model_validator(mode="after")
+    def something(self) -> Budget:
+        """An empty budget is no request."""
+        if self.macs is None and self.params is None:
+            raise ValueError("a budget needs macs, params or both, such as macs: 0.5")
+        return self
+
+    def limits(self) -> dict[str, float]:
+        """The given limits by name."""
+        return {name: value for name, value in self if value is not None}
+
+
+class PruneStep(Section):
+    """Remove channels, and everything that depends on them."""
+
+    criterion: str = Field(default="l2", description="see: bevel list criteria")
+    allocate: str = Field(default="global", description="see: bevel list allocators")
+    budget: Budget | None = Field(default=None, description="what may remain: macs: 0.5")
+    ratio: float | None = Field(
+        default=None, gt=0, lt=1, description="what is removed: share of the channels"
+    )
+    align: int = Field(default=8, ge=1, description="widths become multiples of this")
+    ignore: list[str] = Field(
+        default_factory=list, description="module names (globs) whose channels all stay"
+    )
+
+    @model_validator(mode="after")
+    def one_request(self) -> PruneStep:
+        """Exactly one of budget and ratio."""
+        if (self.budget is None) == (self.ratio is None):
+            raise ValueError("give either budget (what may remain) or ratio (what is removed)")
+        return self
+
+
+class Step(Section):
+    """One step: a mapping with the step's verb as its only key."""
+
+    VERBS: ClassVar[tuple[str, ...]] = ("train", "prune", "finetune")
+
+    train: TrainStep | None = None
+    prune: PruneStep | None = None
+    finetune: FinetuneStep | None = None
+
+    @model_validator(mode="after")
+    def one_verb(self) -> Step:
+        """Exactly one verb."""
+        given = [verb for verb in self.VERBS if getattr(self, verb) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a step has exactly one of {', '.join(self.VERBS)}")
+        return self
+
+    @property
+    def verb(self) -> str:
+        """Which step this is."""
+        return next(verb for verb in self.VERBS if getattr(self, verb) is not None)
+
+    @property
+    def settings(self) -> TrainStep | PruneStep:
+        """The settings under the verb."""
+        value: TrainStep | PruneStep = getattr(self, self.verb)
+        return value
+
+
+class Calibration(Section):
+    """Unlabelled use of training images: batch-norm statistics, sensitivity, int8 ranges."""
+
+    images: int = Field(default=512, ge=1)
+
+
+class Target(Section):
+    """Where the network will run."""
+
+    runtime: str = Field(default="onnxruntime", description="see: bevel list runtimes")
+    precision: Literal["float32", "int8"] = "float32"
+    device: str = Field(default="local", description="see: bevel list devices")
+    threads: int = Field(default=1, ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.precision}@{self.device}"
+
+
+class Recipe(Section):
+    """From a trained network to measured artifacts."""
+
+    version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: int = Field(default=0, ge=0)
+    model: ModelSection
+    data: DataSection
+    steps: list[Step] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    targets: list[Target] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def original_to_learn_from(self) -> Recipe:
+        """Only a finetune step has an original to learn from."""
+        if any(step.train is not None and step.train.distill is not None for step in self.steps):
+            raise ValueError("train has no original to distill from; distill belongs to finetune")
+        return self
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides such as `data.root=DIR` or `steps.prune.align=16`.
+
+    A list element is addressed by its index; a step also by its verb where only one has it.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or does not validate.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe at {path}; 'bevel init' writes a starter recipe") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {one_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is not a recipe: expected keys such as 'model' and 'steps'")
+    for override in overrides:
+        _override(raw, override)
+    return validate(raw, source=str(path))
+
+
+def validate(raw: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Turn a plain mapping into a recipe.
+
+    Raises:
+        RecipeError: the first problem, as one line that names the key.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as data.root=/data/cifar10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {override}: the value is not valid YAML: {one_line(error)}"
+        ) from error
+    parts = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth]) or "the recipe"
+        index: str | int = part
+        if isinstance(node, list):
+            index = _list_index(node, part, override, where)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"--set {override}: {where} is a value, it has no key '{part}'")
+        if depth == len(parts) - 1:
+            by_verb = isinstance(node, list) and not part.isdigit()
+            node[index] = {part: value} if by_verb else value
+        elif isinstance(index, str):
+            if node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+        elif part.isdigit():
+            node = node[index]
+        else:  # a step by its verb: stay on the one-key mapping's value
+            node = node[index][part]
+
+
+def _list_index(items: list[Any], part: str, override: str, where: str) -> int:
+    """Position that `part` (an index, or the verb of the only such step) means in a list."""
+    if part.isdigit():
+        if int(part) < len(items):
+            return int(part)
+        raise RecipeError(f"--set {override}: {where} has {len(items)} elements, counted from 0")
+    having = [i for i, item in enumerate(items) if isinstance(item, dict) and part in item]
+    if len(having) == 1:
+        return having[0]
+    problem = "no element has" if not having else f"{len(having)} elements have"
+    raise RecipeError(f"--set {override}: {problem} '{part}' in {where}; use an index from 0")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first validation problem in one line, with the nearest valid key for unknown ones."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    location = list(first["loc"])
+    key = ".".join(str(part) for part in location)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        hint = suggestion(str(location[-1]), section.model_fields)
+        return f"unknown key '{key}'. {hint}{more}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing{more}"
+    message = one_line(first["msg"].removeprefix("Value error, "))
+    value = first["input"]
+    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"{key}: {message}{got}{more}" if key else f"{message}{more}"
+
+
+def _section_at(location: Sequence[str | int]) -> type[Section]:
+    """The section class that a validation error's location points into."""
+    section: type[Section] = Recipe
+    for part in location:
+        if isinstance(part, int) or part not in section.model_fields:
+            continue
+        inner = _section_in(section.model_fields[part].annotation)
+        if inner is not None:
+            section = inner
+    return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section class inside an annotation such as `list[Step]` or `Budget | None`."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, Section) else None
+    if get_origin(annotation) in (Union, types.UnionType, list):
+        for argument in get_args(annotation):
+            found = _section_in(argument)
+            if found is not None:
+                return found
+    return None

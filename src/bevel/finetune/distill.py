@@ -1,0 +1,46 @@
+"""Knowledge distillation: learn from the outputs of the original network (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the softened student from the softened teacher.
+
+    Both are logits of shape (N, classes). The mean over images is multiplied by the squared
+    temperature, so that its gradients keep the size of those of the label loss (Hinton, Vinyals
+    and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2).
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def combined_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    *,
+    weight: float,
+    temperature: float,
+    label_smoothing: float,
+) -> Tensor:
+    """`weight` of the distillation loss and the rest of the cross entropy with the labels.
+
+    Args:
+        logits: shape (N, classes), any floating type; the loss is computed in float32.
+        labels: shape (N,), class indices.
+        teacher: logits of the same shape, or None for the labels alone.
+        weight: share of the distillation loss, 0..1.
+        temperature: softens both distributions, > 0.
+        label_smoothing: share of the label's probability that is spread over all classes.
+    """
+    loss: Tensor = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    if teacher is None:
+        return loss
+    soft = distillation_loss(logits, teacher, temperature)
+    return torch.lerp(loss, soft, weight)

@@ -1,0 +1,50 @@
+"""What each operator does to index ids: one file per kind of operator.
+
+Every file has `HANDLERS`, a mapping from operator name to handler. An operator that no file knows
+freezes what it touches and says so by name.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bevel.graph.ops import (
+    convolution,
+    elementwise,
+    matmul,
+    movement,
+    normalization,
+    pooling,
+    reduction,
+)
+from bevel.graph.propagate import Handler, Propagation
+from bevel.graph.record import Call, Value
+
+HANDLERS: dict[str, Handler] = {
+    **convolution.HANDLERS,
+    **matmul.HANDLERS,
+    **normalization.HANDLERS,
+    **elementwise.HANDLERS,
+    **pooling.HANDLERS,
+    **reduction.HANDLERS,
+    **movement.HANDLERS,
+}
+
+
+def handler(call: Call) -> Handler:
+    """The handler of a call: by name, else by torch's own tag for pointwise operators."""
+    known = HANDLERS.get(call.name) or HANDLERS.get(call.name.removesuffix("_"))
+    if known is not None:
+        return known
+    if torch.Tag.pointwise in call.function.tags:
+        return elementwise.pointwise
+    return unknown
+
+
+def unknown(state: Propagation, call: Call) -> None:
+    """Freeze everything the operator touches; its outputs carry no ids."""
+    for value in call.inputs():
+        state.freeze_value(value, f"bevel does not know the operator {call.place}")
+    for output in call.outputs:
+        if isinstance(output, Value):
+            state.set(output, [])

@@ -1,0 +1,55 @@
+"""The only place that orders the stages: from a recipe to a measured, reported run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bevel.core import recipe as recipes
+from bevel.core.recipe import Recipe
+from bevel.core.records import RunRecord
+from bevel.pipeline.explanation import Explanation
+from bevel.pipeline.flow import Flow
+from bevel.pipeline.folder import RunFolder, now
+from bevel.report import report
+
+__all__ = ["Explanation", "explain", "run"]
+
+
+def run(
+    recipe: Recipe | Path | str, *, out: Path | str | None = None, overrides: Sequence[str] = ()
+) -> RunRecord:
+    """Carry out a recipe, or go on where a killed run of the same recipe stopped.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        out: the run folder; default `runs/NAME`.
+        overrides: `a.b=c` settings, for a recipe given by its path.
+
+    Returns:
+        The record of the whole run, as in `run.json`. A finished run is not run again.
+
+    Raises:
+        BevelError: what failed and what to do; everything finished so far stays in the folder.
+    """
+    recipe = _loaded(recipe, overrides)
+    path = Path(out) if out is not None else Path("runs") / recipe.name
+    with RunFolder(path, recipe) as folder:
+        if folder.record.finished is None:
+            Flow(recipe, folder).execute()
+            folder.update(finished=now())
+        report(folder.path)
+        return folder.record
+
+
+def explain(recipe: Recipe | Path | str, *, overrides: Sequence[str] = ()) -> Explanation:
+    """What a recipe would do, without training: what can be pruned, what not and why, and costs.
+
+    Raises:
+        BevelError: the recipe cannot be carried out; says why.
+    """
+    return Explanation.of(_loaded(recipe, overrides))
+
+
+def _loaded(recipe: Recipe | Path | str, overrides: Sequence[str]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)

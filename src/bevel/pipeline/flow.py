@@ -1,0 +1,265 @@
+"""A recipe carried out step by step; each finished step is restored instead of repeated."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bevel.core import plugins
+from bevel.core.progress import note
+from bevel.core.recipe import PruneStep, Recipe, TrainStep
+from bevel.core.records import Artifact, Measurement
+from bevel.data import Data, check_classes
+from bevel.data import load as load_data
+from bevel.data.metrics import evaluate
+from bevel.finetune.train import finetune
+from bevel.graph.couplings import analyze
+from bevel.measure.bench import Subject, measure_all
+from bevel.models import build
+from bevel.models.batchnorm import recalibrate
+from bevel.pipeline.folder import RunFolder
+from bevel.prune.apply import load_pruned, prune, read_metadata, save_pruned
+from bevel.prune.plan import PruningPlan, make_plan
+from bevel.prune.planning import plan_pruning
+from bevel.prune.verify import verify_pruning
+from bevel.runtimes import export, open_artifact
+
+PROOF_IMAGES = 8
+"""Images of the data that a pruned network is proven on, besides random inputs."""
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What flows from step to step: a network, and the plan that leads to it from the factory."""
+
+    net: nn.Module
+    plan: PruningPlan
+
+
+class Flow:
+    """The steps of one recipe in one run folder."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+        check_names(recipe)
+
+    def execute(self) -> None:
+        """Everything the recipe says, in order."""
+        model = original = self._start()
+        pruned = False
+        for number, step in enumerate(self.recipe.steps, start=1):
+            name = f"{number:02d}-{step.verb}"
+            pruned = pruned or step.verb == "prune"
+            model = self._step(name, step.verb, step.settings, model, original)
+            if not pruned:
+                original = model
+        self._save(model, self.folder.path / "compressed.safetensors")
+        self.folder.update(
+            original=analyze(original.net, self.example).cost(),
+            compressed=analyze(model.net, self.example).cost(),
+        )
+        networks = {"original": original.net, "compressed": model.net}
+        self._measure(self._export(networks), networks)
+
+    # -- the network ----------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> Data:
+        """The recipe's data; loaded when it is first needed."""
+        return load_data(self.recipe.data, seed=self.recipe.seed)
+
+    @cached_property
+    def example(self) -> Tensor:
+        """Two images of the validation split, (2, C, H, W)."""
+        images, _ = next(iter(self.data.batches("validation", batch_size=2, limit=2)))
+        return images
+
+    def _build(self) -> nn.Module:
+        torch.manual_seed(self.recipe.seed)
+        section = self.recipe.model
+        return build(section.name, section.arguments, section.checkpoint)
+
+    def _start(self) -> Model:
+        net = self._build()
+        check_classes(net, self.data)
+        return Model(net, make_plan(analyze(net, self.example), {}))
+
+    def _save(self, model: Model, path: Path) -> None:
+        section = self.recipe.model
+        description = {
+            "name": section.name,
+            "arguments": section.arguments,
+            "input_shape": list(self.data.input_shape),
+        }
+        save_pruned(model.net, model.plan, path, model=description)
+
+    def _restore(self, path: Path) -> Model:
+        """The network in a step's file; its plan replaces the starting weights."""
+        section = self.recipe.model
+        net = load_pruned(lambda: build(section.name, section.arguments), path)
+        return Model(net, read_metadata(path)[0])
+
+    # -- steps on the network -------------------------------------------------------------
+
+    def _step(
+        self,
+        name: str,
+        verb: str,
+        settings: TrainStep | PruneStep,
+        model: Model,
+        original: Model,
+    ) -> Model:
+        """Do the step, or take up its result."""
+        path = self.folder.step_folder(name) / "model.safetensors"
+        if self.folder.finished(name) is not None:
+            return self._restore(path)
+        begun = time.perf_counter()
+        if isinstance(settings, PruneStep):
+            model, numbers = self._prune(model, settings)
+        else:
+            model, numbers = self._train(name, verb, model, settings, original)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._save(model, path)
+        self.folder.finish(name, verb, time.perf_counter() - begun, numbers, [path])
+        # Go on from the file, as a resumed run does, so that both see the same network.
+        return self._restore(path)
+
+    def _train(
+        self, name: str, verb: str, model: Model, settings: TrainStep, original: Model
+    ) -> tuple[Model, Numbers]:
+        trained = finetune(
+            model.net,
+            self.data,
+            settings,
+            seed=self.recipe.seed,
+            teacher=original.net if settings.distill is not None else None,
+            folder=self.folder.step_folder(name) / "training",
+            label=verb,
+        )
+        numbers = {
+            "history": trained.history,
+            "validation_top1": trained.history[-1]["validation_top1"],
+            "execution": trained.execution,
+        }
+        return Model(trained.net, model.plan), numbers
+
+    def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
+        held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
+        plan = plan_pruning(
+            model.net,
+            self.example,
+            criterion=settings.criterion,
+            allocate=settings.allocate,
+            ratio=settings.ratio,
+            budget=settings.budget.limits() if settings.budget else None,
+            align=settings.align,
+            ignore=settings.ignore,
+            calibration=held_out,
+            seed=self.recipe.seed,
+        )
+        pruned = prune(model.net, plan)
+        images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
+        proof = verify_pruning(
+            model.net, pruned, plan, self.example, images=[batch for batch, _ in images]
+        )
+        before = self._validate(model.net)
+        recalibrate(pruned, [batch for batch, _ in self._calibration()])
+        numbers = {
+            "macs_before": plan.before.macs,
+            "macs": plan.after.macs,
+            "params_before": plan.before.params,
+            "params": plan.after.params,
+            "groups": [group.model_dump() for group in plan.groups],
+            "proof": {
+                "max_relative_difference": proof.worst,
+                "outputs": len(proof.max_relative_difference),
+                "inputs": proof.inputs,
+                "passed": proof.passed,
+            },
+            "notes": plan.notes,
+            "validation_top1_before": before,
+            "validation_top1": self._validate(pruned),
+        }
+        return Model(pruned, model.plan.then(plan)), numbers
+
+    def _validate(self, net: nn.Module) -> float:
+        return evaluate(net, self.data.batches("validation"), label="validation").top1
+
+    def _calibration(self) -> Any:
+        """Training images without augmentation, for statistics and int8 ranges."""
+        return self.data.batches("train", limit=self.recipe.calibration.images)
+
+    # -- artifacts ------------------------------------------------------------------------
+
+    def _export(self, networks: dict[str, nn.Module]) -> dict[tuple[str, str, str], Artifact]:
+        """Each runtime's float32 original, and what the targets ask of the compressed network."""
+        wanted = {("original", target.runtime, "float32"): None for target in self.recipe.targets}
+        wanted |= {("compressed", t.runtime, t.precision): None for t in self.recipe.targets}
+        artifacts: dict[tuple[str, str, str], Artifact] = {}
+        for number, key in enumerate(wanted, start=len(self.recipe.steps) + 1):
+            label, runtime, precision = key
+            name = f"{number:02d}-export-{label}-{runtime}-{precision}"
+            path = self._artifact_path(label, runtime, precision)
+            if self.folder.finished(name) is None:
+                begun = time.perf_counter()
+                artifact = export(
+                    networks[label],
+                    self.example,
+                    runtime=runtime,
+                    precision=precision,
+                    calibration=self._calibration() if precision == "int8" else None,
+                    path=path,
+                )
+                numbers = {"artifact": artifact.model_dump(mode="json")}
+                self.folder.finish(name, "export", time.perf_counter() - begun, numbers, [path])
+            artifacts[key] = open_artifact(path)
+        return artifacts
+
+    def _artifact_path(self, label: str, runtime: str, precision: str) -> Path:
+        suffix: str = plugins.load("runtimes", runtime).SUFFIX
+        return self.folder.path / "artifacts" / f"{label}-{runtime}-{precision}{suffix}"
+
+    def _measure(
+        self, artifacts: dict[tuple[str, str, str], Artifact], networks: dict[str, nn.Module]
+    ) -> None:
+        """Measure everything on each device; files of one device are timed in turn."""
+        places = {(target.device, target.threads): None for target in self.recipe.targets}
+        measurements: list[Measurement] = []
+        for device, threads in places:
+            here = [t for t in self.recipe.targets if (t.device, t.threads) == (device, threads)]
+            keys = {("original", t.runtime, "float32"): None for t in here}
+            keys |= {("compressed", t.runtime, t.precision): None for t in here}
+            begun = time.perf_counter()
+            measurements += measure_all(
+                [Subject(key[0], artifacts[key], networks[key[0]]) for key in keys],
+                device=device,
+                threads=threads,
+                batches=self.data.batches("test"),
+                split="test",
+                folder=self.folder.path / "artifacts",
+            )
+            note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
+        self.folder.update(measurements=measurements)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Find unknown plugin names before any work is done.
+
+    Raises:
+        UnknownNameError: which name, and the nearest that exists.
+    """
+    for step in recipe.steps:
+        if step.prune is not None:
+            plugins.find("criteria", step.prune.criterion)
+            plugins.find("allocators", step.prune.allocate)
+    for target in recipe.targets:
+        plugins.find("runtimes", target.runtime)
+        plugins.find("devices", target.device)

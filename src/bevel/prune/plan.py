@@ -1,0 +1,230 @@
+"""The pruning plan: pure data that says which indices of which tensors stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from bevel.core.errors import PruningError, one_line
+from bevel.core.files import write_text
+from bevel.core.records import Cost, Record
+from bevel.graph.couplings import Analysis
+
+
+class TensorCut(Record):
+    """What stays of one parameter or buffer.
+
+    `keep` maps a dimension to its kept indices as runs ("0-3,7"). A list holds one entry per
+    block of the first dimension: the input axis of a grouped convolution.
+    """
+
+    shape: list[int]
+    keep: dict[int, str | list[str]]
+
+
+class GroupCut(Record):
+    """How many units of a channel group stay."""
+
+    name: str
+    before: int
+    after: int
+
+
+class PruningPlan(Record):
+    """Everything that is needed to prune a fresh network of the same class, in any process."""
+
+    version: Literal[1] = 1
+    tensors: dict[str, TensorCut]
+    attributes: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Module name -> attribute -> new value."""
+    groups: list[GroupCut] = Field(default_factory=list)
+    before: Cost
+    after: Cost
+    request: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+    """What the request could not touch, and why."""
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON, atomically."""
+        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path | str) -> PruningPlan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PruningError: the file is missing, truncated, or not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PruningError(f"cannot read the pruning plan {path}: {one_line(error)}") from error
+        return PruningPlan.parse(text, str(path))
+
+    @staticmethod
+    def parse(text: str, source: str) -> PruningPlan:
+        """A plan from its JSON text.
+
+        Raises:
+            PruningError: the text is not a plan.
+        """
+        try:
+            return PruningPlan.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise PruningError(
+                f"{source} is not a pruning plan: {where} {one_line(first['msg'])}"
+            ) from error
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """The plan on the original network that equals this one followed by `later`.
+
+        Raises:
+            PruningError: `later` was not made for the network that this plan leaves.
+        """
+        tensors = dict(self.tensors)
+        for name, cut in later.tensors.items():
+            first = tensors.get(name)
+            tensors[name] = cut if first is None else _compose(name, first, cut)
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in later.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        after = {group.name: group for group in later.groups}
+        groups = [
+            GroupCut(
+                name=g.name,
+                before=g.before,
+                after=after[g.name].after if g.name in after else g.after,
+            )
+            for g in self.groups
+        ]
+        return PruningPlan(
+            tensors=tensors,
+            attributes=attributes,
+            groups=groups,
+            before=self.before,
+            after=later.after,
+            request=later.request,
+            notes=later.notes,
+        )
+
+
+def _compose(name: str, first: TensorCut, second: TensorCut) -> TensorCut:
+    keep: dict[int, str | list[str]] = dict(first.keep)
+    for dim, runs in second.keep.items():
+        earlier = first.keep.get(dim)
+        if earlier is None:
+            keep[dim] = runs
+            continue
+        blocks = max(len(r) if isinstance(r, list) else 1 for r in (earlier, runs))
+        one = earlier if isinstance(earlier, list) else [earlier] * blocks
+        two = runs if isinstance(runs, list) else [runs] * blocks
+        if len(one) != len(two):
+            raise PruningError(f"the plans cut {name} into {len(one)} and {len(two)} blocks")
+        joined = []
+        for a, b in zip(one, two, strict=True):
+            kept, chosen = indices(a), indices(b)
+            if len(chosen) and chosen.max() >= len(kept):
+                raise PruningError(
+                    f"the second plan keeps index {chosen.max()} of {name}, dimension {dim}, "
+                    f"of which the first leaves {len(kept)}: it was made for another network"
+                )
+            joined.append(runs_of(kept[chosen]))
+        keep[dim] = joined if blocks > 1 else joined[0]
+    return TensorCut(shape=first.shape, keep=keep)
+
+
+def runs_of(kept: np.ndarray | Sequence[int]) -> str:
+    """Ascending indices as runs: [0, 1, 2, 5] -> "0-2,5"."""
+    array = np.asarray(kept, dtype=np.int64)
+    if array.size == 0:
+        return ""
+    starts = np.flatnonzero(np.r_[True, np.diff(array) != 1])
+    ends = np.r_[starts[1:], array.size] - 1
+    return ",".join(
+        str(array[a]) if a == b else f"{array[a]}-{array[b]}"
+        for a, b in zip(starts, ends, strict=True)
+    )
+
+
+def indices(runs: str) -> np.ndarray:
+    """The inverse of `runs_of`.
+
+    Raises:
+        PruningError: the text is not a list of ascending runs.
+    """
+    if not runs:
+        return np.array([], dtype=np.int64)
+    parts = []
+    for run in runs.split(","):
+        start, _, end = run.partition("-")
+        if not start.isdecimal() or not (end or start).isdecimal():
+            raise PruningError(f"'{run}' is not a run of indices such as 4 or 0-15")
+        parts.append(np.arange(int(start), int(end or start) + 1))
+    joined = np.concatenate(parts)
+    if (np.diff(joined) <= 0).any() or any(part.size == 0 for part in parts):
+        raise PruningError(f"the runs '{runs}' are not ascending")
+    return joined
+
+
+def make_plan(
+    analysis: Analysis,
+    keep: Mapping[int, np.ndarray],
+    *,
+    request: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> PruningPlan:
+    """The plan that keeps, in each group, the units whose mask is True.
+
+    Args:
+        analysis: the network's groups.
+        keep: index of a group -> boolean mask of shape (size,); groups left out keep everything.
+        request: what was asked for; stored with the plan.
+        notes: stored with the plan.
+    """
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    kept = analysis.full()
+    for index, mask in keep.items():
+        kept[index] = int(mask.sum())
+        if mask.all():
+            continue
+        for axis in analysis.groups[index].axes:
+            stays = (axis.units < 0) | mask[axis.units]
+            key = (axis.tensor, axis.dim)
+            masks[key] = masks[key] & stays if key in masks else stays
+    tensors: dict[str, TensorCut] = {}
+    for (name, dim), stays in masks.items():
+        runs = (
+            runs_of(np.flatnonzero(stays))
+            if stays.ndim == 1
+            else [runs_of(np.flatnonzero(block)) for block in stays]
+        )
+        cut = tensors.get(name)
+        shape = list(analysis.shapes[name])
+        tensors[name] = TensorCut(shape=shape, keep={**(cut.keep if cut else {}), dim: runs})
+    attributes: dict[str, dict[str, int]] = {}
+    for site in analysis.attributes:
+        if any(index in keep and not keep[index].all() for index, _ in site.members):
+            value = site.fixed + sum(
+                int(keep[index][units].sum()) if index in keep else len(units)
+                for index, units in site.members
+            )
+            attributes.setdefault(site.module, {})[site.attribute] = value
+    return PruningPlan(
+        tensors=tensors,
+        attributes=attributes,
+        groups=[
+            GroupCut(name=group.name, before=group.size, after=int(kept[index]))
+            for index, group in enumerate(analysis.groups)
+            if group.frozen is None
+        ],
+        before=analysis.cost(),
+        after=analysis.cost(kept),
+        request=dict(request or {}),
+        notes=list(notes),
+    )

@@ -1,0 +1,79 @@
+"""`import bevel`: fast, without torch, and every public name where it should be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bevel
+
+
+def python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def test_importing_bevel_is_fast_and_imports_no_torch() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import bevel, bevel.cli, bevel.report\n"
+        "took = time.perf_counter() - start\n"
+        "heavy = {'torch', 'torchvision', 'onnxruntime', 'plotly', 'numpy'} & set(sys.modules)\n"
+        "print(took, sorted(heavy))"
+    )
+    # The machine may be busy with other tests: the best of three is the package's own time.
+    runs = [python(code).split(" ", 1) for _ in range(3)]
+    assert {heavy for _, heavy in runs} == {"[]"}
+    assert min(float(took) for took, _ in runs) < 0.5
+    alone = "import time; s = time.perf_counter(); import bevel; print(time.perf_counter() - s)"
+    assert min(float(python(alone)) for _ in range(3)) < 0.3
+
+
+@pytest.mark.parametrize("name", bevel.__all__)
+def test_every_public_name_loads(name: str) -> None:
+    value = getattr(bevel, name)
+    assert callable(value)
+    assert name in dir(bevel)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'prunee'"):
+        bevel.prunee  # noqa: B018
+
+
+def test_editors_see_the_names_that_exist_at_run_time() -> None:
+    tree = ast.parse(Path(bevel.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {
+        name: (home.partition(":")[0], home.partition(":")[2] or name)
+        for name, home in bevel._HOMES.items()
+    }
+    assert seen == homes
+    assert sorted(bevel.__all__) == sorted(homes)
+
+
+@pytest.mark.parametrize("first", ["import bevel.prune.plan", "bevel.analyze", "bevel.prune"])
+def test_a_folder_that_is_called_like_its_verb_is_both(first: str) -> None:
+    code = (
+        f"import bevel, inspect; {first}\n"
+        "import bevel.prune.plan as plan\n"
+        "from bevel import prune\n"
+        "from bevel.prune.apply import prune as function\n"
+        "assert prune is bevel.prune and bevel.prune.plan is plan\n"
+        "assert inspect.signature(bevel.prune) == inspect.signature(function)\n"
+        "import torch; from bevel.core.records import Cost\n"
+        "cost = Cost(macs=1, params=1)\n"
+        "net = torch.nn.Linear(2, 2)\n"
+        "same = bevel.prune(net, bevel.PruningPlan(tensors={}, before=cost, after=cost))\n"
+        "assert same is not net and torch.equal(same.weight, net.weight); print('both')"
+    )
+    assert python(code) == "both"

@@ -1,0 +1,100 @@
+"""Training batches: the right augmentation, and the same for the same (seed, epoch)."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bevel.core.recipe import Augment, DataSection
+from bevel.data import load
+from bevel.data.batches import shift_and_flip
+from bevel.data.images import crop_box
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(1, 6), st.integers(1, 6), st.integers())
+def test_shift_and_flip_is_pad_crop_mirror(count, padding, height, width, seed):
+    random = np.random.default_rng(seed % 2**32)
+    images = torch.from_numpy(random.integers(0, 256, (count, 3, height, width), dtype=np.uint8))
+    shifts = torch.from_numpy(random.integers(0, 2 * padding + 1, (count, 2)))
+    flips = torch.from_numpy(random.random(count) < 0.5)
+    got = shift_and_flip(images, shifts, flips, padding)
+    for image, (top, left), flip, result in zip(images, shifts, flips, got, strict=True):
+        padded = np.pad(image.numpy(), ((0, 0), (padding, padding), (padding, padding)))
+        crop = padded[:, top : top + height, left : left + width]
+        expected = crop[:, :, ::-1] if flip else crop
+        assert np.array_equal(result.numpy(), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_crop_box_lies_inside(height, width, seed):
+    top, left, h, w = crop_box(height, width, np.random.default_rng(seed))
+    assert 0 < h <= height - top
+    assert 0 < w <= width - left
+    assert top >= 0
+    assert left >= 0
+
+
+def epoch_of(section, *, seed, epoch, size=32):
+    return list(load(section, seed=0).train_batches(size, seed=seed, epoch=epoch))
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "resized"])
+def test_a_pure_function_of_seed_and_epoch(crop):
+    section = DataSection(name="digits", augment=Augment(flip=True, crop=crop, padding=1))
+    first = epoch_of(section, seed=1, epoch=2)
+    torch.rand(3)
+    again = epoch_of(section, seed=1, epoch=2)
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(first, again, strict=True)
+    )
+    assert not torch.equal(first[0][0], epoch_of(section, seed=1, epoch=3)[0][0])
+    assert not torch.equal(first[0][0], epoch_of(section, seed=2, epoch=2)[0][0])
+
+
+def test_without_augmentation_an_epoch_is_a_permutation():
+    data = load(DataSection(name="digits"), seed=0)
+    count = data.sizes["train"]
+    (images, labels), *rest = data.train_batches(10_000, seed=0, epoch=0)
+    assert rest == []
+    fixed = next(iter(data.batches("train", batch_size=count)))
+    assert not torch.equal(labels, fixed[1])
+    assert torch.equal(images.flatten(1).sum(1).sort()[0], fixed[0].flatten(1).sum(1).sort()[0])
+
+
+def test_batches_are_full_and_counted():
+    batches = load(DataSection(name="digits"), seed=0).train_batches(100, seed=0, epoch=0)
+    sizes = [len(labels) for _, labels in batches]
+    assert sizes == [100] * len(batches)
+    assert len(batches) == load(DataSection(name="digits"), seed=0).sizes["train"] // 100
+
+
+def test_resized_crop_from_disk(tiny_image_folder):
+    section = DataSection(
+        name="imagefolder",
+        root=tiny_image_folder(side=40),
+        size=24,
+        augment=Augment(crop="resized", flip=True),
+    )
+    images, _ = epoch_of(section, seed=0, epoch=0, size=8)[0]
+    assert images.shape == (8, 3, 24, 24)
+    assert images.max() > 0.5
+    parallel = epoch_of(section.model_copy(update={"workers": 2}), seed=0, epoch=0, size=8)
+    assert torch.equal(parallel[0][0], images)
+
+
+def test_an_augmented_epoch_of_cifar_size_is_cheap():
+    images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
+    shifts, flips = torch.randint(0, 9, (128, 2)), torch.rand(128) < 0.5
+    shift_and_flip(images, shifts, flips, 4)
+    start = time.process_time()
+    for _ in range(40):
+        shift_and_flip(images, shifts, flips, 4)
+    assert (time.process_time() - start) * (50_000 / 128 / 40) < 5
