@@ -8,9 +8,13 @@ from torch import Tensor, nn
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Random batch-norm statistics and scales: fresh ones are zeros and ones, which hide faults."""
+    """Weights and batch-norm statistics from a seed: fresh statistics are 0 and 1, which hide
+    faults."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise / max(1, parameter[0].numel()) ** 0.5)
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 for tensor in (module.weight, module.running_var):

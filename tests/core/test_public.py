@@ -1,6 +1,7 @@
 """`import bevel`: fast, without torch, and every public name where it should be."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_importing_bevel_is_fast_and_imports_no_torch() -> None:
 def test_every_public_name_loads(name: str) -> None:
     value = getattr(bevel, name)
     assert callable(value)
+    if not inspect.isclass(value):
+        assert inspect.signature(value).parameters  # also of a folder that is a verb
     assert name in dir(bevel)
 
 

@@ -55,3 +55,17 @@ def tiny_net(seed: int = 0, **arguments) -> TinyNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TinyNet(**arguments).eval()
+
+
+class Digits(nn.Sequential):
+    """A small convolutional network for ten classes of small images."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        channels, height, width = shape
+        super().__init__(
+            nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16 * height * width, 10),
+        )

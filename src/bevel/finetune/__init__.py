@@ -1,6 +1,5 @@
-"""Training: one plain loop, distillation, and batch-norm statistics."""
+"""Training: one plain loop, with distillation."""
 
-from bevel.finetune.batchnorm import recalibrate
 from bevel.finetune.train import Trained, TrainingData, finetune
 
-__all__ = ["Trained", "TrainingData", "finetune", "recalibrate"]
+__all__ = ["Trained", "TrainingData", "finetune"]

@@ -21,7 +21,9 @@ def recalibrate(
 
     The statistics become the plain average over the batches (Li et al., "EagleEye", 2020, use
     this to judge a pruned network without training it). All else runs as in evaluation, dropout
-    included, and every module's mode and momentum are as before afterwards.
+    included, and every module's mode and momentum are as before afterwards. A batch norm with
+    mean 0 and variance 1 everywhere was folded into its convolution: its statistics are not
+    those of its input, and it is left alone.
 
     Args:
         net: a network with or without batch norms.
@@ -35,7 +37,7 @@ def recalibrate(
     Raises:
         TrainingError: there is no batch.
     """
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and _estimated(m)]
     if not norms:
         return 0
     modes = [(module, module.training) for module in net.modules()]
@@ -63,6 +65,14 @@ def recalibrate(
             f"{label}: got no batch, so the statistics are as they were; give at least one"
         )
     return len(norms)
+
+
+def _estimated(norm: _BatchNorm) -> bool:
+    """Whether it keeps statistics, and they are more than where they start."""
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        return False
+    return bool((mean != 0).any() or (variance != 1).any())
 
 
 def _length(batches: Iterable[Any]) -> int | None:

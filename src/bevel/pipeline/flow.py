@@ -28,7 +28,7 @@ from bevel.prune.apply import load_pruned, prune, read_metadata, save_pruned
 from bevel.prune.plan import PruningPlan, make_plan
 from bevel.prune.planning import plan_pruning
 from bevel.prune.verify import verify_pruning
-from bevel.runtimes import export, open_artifact
+from bevel.runtimes import export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""
@@ -224,8 +224,8 @@ class Flow:
         return artifacts
 
     def _artifact_path(self, label: str, runtime: str, precision: str) -> Path:
-        suffix: str = plugins.load("runtimes", runtime).SUFFIX
-        return self.folder.path / "artifacts" / f"{label}-{runtime}-{precision}{suffix}"
+        name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
+        return self.folder.path / "artifacts" / name
 
     def _measure(
         self, artifacts: dict[tuple[str, str, str], Artifact], networks: dict[str, nn.Module]
@@ -244,7 +244,6 @@ class Flow:
                 threads=threads,
                 batches=self.data.batches("test"),
                 split="test",
-                folder=self.folder.path / "artifacts",
             )
             note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
         self.folder.update(measurements=measurements)
@@ -255,11 +254,13 @@ def check_names(recipe: Recipe) -> None:
 
     Raises:
         UnknownNameError: which name, and the nearest that exists.
+        MissingDependencyError: a runtime that is not installed.
+        ExportError: a runtime has no such precision.
     """
     for step in recipe.steps:
         if step.prune is not None:
             plugins.find("criteria", step.prune.criterion)
             plugins.find("allocators", step.prune.allocate)
     for target in recipe.targets:
-        plugins.find("runtimes", target.runtime)
+        load_runtime(target.runtime, target.precision)
         plugins.find("devices", target.device)

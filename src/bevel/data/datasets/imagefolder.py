@@ -52,7 +52,7 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        # From memory: Pillow reads a file in many small pieces, which costs more than decoding.
+        # Read whole, so that no file stays open if decoding fails.
         content = io.BytesIO(Path(self.paths[index]).read_bytes())
         image = _open(content, FORMATS[os.path.splitext(self.paths[index])[1].lower()])  # noqa: PTH122
         image.load()

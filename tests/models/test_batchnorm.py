@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_training import tiny_net
 from torch import nn
 
 from bevel.core.errors import TrainingError
-from bevel.finetune import recalibrate
+from bevel.models.batchnorm import recalibrate
+from networks import Plain, randomise
 
 
 def test_the_statistics_are_the_average_over_the_batches():
@@ -32,17 +32,23 @@ def test_without_batch_norms_nothing_is_read():
     assert recalibrate(nn.Linear(2, 2), iter([])) == 0
 
 
-def test_no_batch_is_an_error_that_changes_nothing(snapshot):
-    net = tiny_net()
-    before = snapshot(net)
+def test_no_batch_is_an_error_that_changes_nothing():
+    net = randomise(Plain())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(TrainingError, match="at least one"):
         recalibrate(net, [])
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
 def test_modes_come_back_when_a_batch_fails():
-    net = tiny_net().train()
+    net = randomise(Plain()).train()
     with pytest.raises(RuntimeError):
-        recalibrate(net, [torch.zeros(2, 7, 6, 6)])
+        recalibrate(net, [torch.zeros(2, 7, 8, 8)])
     assert all(module.training for module in net.modules())
-    assert net.norm.momentum == 0.1
+    assert net.features[0][1].momentum == 0.1
+
+
+def test_a_folded_batch_norm_is_left_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    assert recalibrate(net, [torch.randn(8, 3, 4, 4)]) == 0
+    assert bool((net[1].running_mean == 0).all())
