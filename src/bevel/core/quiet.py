@@ -1,0 +1,45 @@
+"""Keep other programs' chatter off the terminal without hiding their errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what the block prints, logs or warns of; exceptions pass through.
+
+    Works on file descriptors, because converters print from C++ too. If the block fails, what it
+    printed is added to the exception as a note, which `--debug` shows.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    level = logging.root.manager.disable
+    with tempfile.TemporaryFile() as sink:
+        try:
+            for descriptor in (1, 2):
+                os.dup2(sink.fileno(), descriptor)
+            logging.disable(logging.CRITICAL)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except BaseException as error:
+            sink.seek(0)
+            printed = sink.read().decode(errors="replace").strip()
+            if printed:
+                error.add_note(f"printed meanwhile:\n{printed[-4000:]}")
+            raise
+        finally:
+            logging.disable(level)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)

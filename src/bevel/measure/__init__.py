@@ -1,0 +1,1 @@
+"""What an exported file costs and gives, measured where it runs."""

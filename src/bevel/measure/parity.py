@@ -1,0 +1,105 @@
+"""Accuracy of an exported file, and how far its outputs are from the torch network's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bevel.core.errors import MeasurementError
+from bevel.core.progress import track
+from bevel.core.records import Accuracy, Artifact, Parity
+from bevel.graph.record import evaluating
+from bevel.runtimes import Session, load_runtime
+
+
+@dataclass
+class _Tally:
+    """Running sums over the images of one artifact."""
+
+    correct: int = 0
+    agreed: int = 0
+    images: int = 0
+    largest: float = 0.0
+    total: float = 0.0
+    elements: int = 0
+
+    def add(self, outputs: np.ndarray, expected: np.ndarray | None, labels: np.ndarray) -> None:
+        winners = outputs.argmax(axis=1)
+        self.correct += int((winners == labels).sum())
+        self.images += len(labels)
+        if expected is not None:
+            difference = np.abs(outputs.astype(np.float64) - expected)
+            self.largest = max(self.largest, float(difference.max()))
+            self.total += float(difference.sum())
+            self.elements += difference.size
+            self.agreed += int((winners == expected.argmax(axis=1)).sum())
+
+
+def evaluate_artifacts(
+    artifacts: Sequence[tuple[Artifact, nn.Module | None]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    split: str,
+) -> list[tuple[Accuracy, Parity | None]]:
+    """Run the files over all images, each beside the float torch network it came from.
+
+    Args:
+        artifacts: exported classifiers, and their reference networks or None.
+        batches: images (N, C, H, W) and labels (N,); read once.
+        split: what the images are, for the record.
+
+    Raises:
+        MeasurementError: a file does not run on these images, or there are none.
+    """
+    threads = os.cpu_count() or 1
+    sessions = [
+        load_runtime(artifact.runtime).open_session(Path(artifact.path), threads)
+        for artifact, _ in artifacts
+    ]
+    tallies = [_Tally() for _ in artifacts]
+    total = len(batches) if isinstance(batches, Sized) else None
+    for images, labels in track(batches, f"{split} images through the exported files", total):
+        expected: dict[int, np.ndarray] = {}
+        array = images.numpy()
+        for (_, reference), session, tally in zip(artifacts, sessions, tallies, strict=True):
+            if reference is not None and id(reference) not in expected:
+                expected[id(reference)] = _reference(reference, images)
+            outputs = run_batch(session, array)
+            tally.add(outputs, expected.get(id(reference)), labels.numpy())
+    if not tallies or not tallies[0].images:
+        raise MeasurementError(f"there are no {split} images to measure accuracy on")
+    return [_results(tally, split) for tally in tallies]
+
+
+def run_batch(session: Session, images: np.ndarray) -> np.ndarray:
+    """First output for a batch of images; a file with a fixed batch size gets them in turn."""
+    size = session.inputs[0].shape[0]
+    if not isinstance(size, int) or size == len(images):
+        return session.run([images])[0]
+    if size != 1:
+        raise MeasurementError(f"the file takes {size} images at a time, got {len(images)}")
+    return np.concatenate([session.run([images[i : i + 1]])[0] for i in range(len(images))])
+
+
+def _reference(net: nn.Module, images: Tensor) -> np.ndarray:
+    with evaluating(net), torch.no_grad():
+        outputs: np.ndarray = net(images).numpy()
+    return outputs
+
+
+def _results(tally: _Tally, split: str) -> tuple[Accuracy, Parity | None]:
+    accuracy = Accuracy(top1=tally.correct / tally.images, images=tally.images, split=split)
+    if not tally.elements:
+        return accuracy, None
+    parity = Parity(
+        max_difference=tally.largest,
+        mean_difference=tally.total / tally.elements,
+        top1_agreement=tally.agreed / tally.images,
+        images=tally.images,
+    )
+    return accuracy, parity

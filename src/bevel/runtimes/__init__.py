@@ -1,0 +1,160 @@
+"""Runtimes: one file each, with all that a runtime needs. The file name is the runtime's name.
+
+This package and `onnxruntime.py` import no torch, so that a device runs an artifact without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from pydantic import ValidationError
+
+from bevel.core import plugins
+from bevel.core.errors import ExportError, MeasurementError, one_line
+from bevel.core.files import atomic, sha256, write_text
+from bevel.core.records import Artifact, TensorSignature
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Session(Protocol):
+    """A loaded artifact."""
+
+    inputs: list[TensorSignature]
+    outputs: list[TensorSignature]
+
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One forward pass: arrays for the inputs, in order, to arrays of the outputs."""
+        ...
+
+
+class Runtime(Protocol):
+    """What a runtime's module offers."""
+
+    SUFFIX: str
+    PRECISIONS: tuple[str, ...]
+
+    def version(self) -> str:
+        """Version of the runtime that would run an artifact here."""
+        ...
+
+    def export(
+        self,
+        net: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        *,
+        precision: str,
+        calibration: Iterable[Any] | None,
+        path: Path,
+    ) -> str | None:
+        """Write the file; return which quantizer made it, with which types, if any."""
+        ...
+
+    def open_session(self, path: Path, threads: int) -> Session:
+        """Load an artifact for this many threads."""
+        ...
+
+
+def load_runtime(name: str, precision: str | None = None) -> Runtime:
+    """The runtime of that name; with a precision, one that has it.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+        MissingDependencyError: it is not installed.
+        ExportError: it does not have that precision.
+    """
+    runtime: Runtime = plugins.load("runtimes", name)
+    if precision is not None and precision not in runtime.PRECISIONS:
+        raise ExportError(
+            f"the runtime '{name}' has no precision '{precision}'. "
+            f"Available: {', '.join(runtime.PRECISIONS)}."
+        )
+    return runtime
+
+
+def export(
+    net: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    runtime: str = "onnxruntime",
+    precision: str = "float32",
+    calibration: Iterable[Any] | None = None,
+    path: Path | str,
+) -> Artifact:
+    """Write a network as a file that the runtime runs, and `FILE.json` beside it.
+
+    The same network and calibration give the same bytes.
+
+    Args:
+        net: the network; it is exported in eval mode and not changed.
+        example_inputs: a tensor or the forward's positional tensors, batch first. The file takes
+            any batch size where the network allows it, else one image at a time.
+        runtime: see `bevel list runtimes`.
+        precision: float32, or int8 where the runtime has it.
+        calibration: re-iterable batches of images (N, C, H, W), or tuples that start with one;
+            int8 takes its ranges from them.
+        path: the file to write; it appears whole or not at all.
+
+    Raises:
+        ExportError: the network cannot be exported, shortened to its reason; or int8 without
+            calibration.
+        UnknownNameError: there is no such runtime.
+    """
+    plugin = load_runtime(runtime, precision)
+    if precision == "int8" and calibration is None:
+        raise ExportError("int8 takes its ranges from calibration images: pass calibration")
+    path = Path(path)
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    with atomic(path) as temporary:
+        quantizer = plugin.export(
+            net, inputs, precision=precision, calibration=calibration, path=temporary
+        )
+        session = plugin.open_session(temporary, 1)
+        artifact = Artifact(
+            path=path.name,
+            runtime=runtime,
+            precision=precision,
+            inputs=session.inputs,
+            outputs=session.outputs,
+            size_bytes=temporary.stat().st_size,
+            sha256=sha256(temporary),
+            quantizer=quantizer,
+        )
+    write_text(sidecar(path), artifact.model_dump_json(indent=1) + "\n")
+    return artifact.model_copy(update={"path": str(path)})
+
+
+def sidecar(path: Path) -> Path:
+    """Where an artifact's description lies."""
+    return path.with_name(path.name + ".json")
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """The description of an exported file.
+
+    Raises:
+        MeasurementError: the file or its description is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MeasurementError(f"no exported file at {path}")
+    try:
+        text = sidecar(path).read_text(encoding="utf-8")
+        artifact = Artifact.model_validate_json(text)
+    except FileNotFoundError as error:
+        raise MeasurementError(
+            f"{path} has no description {sidecar(path).name} beside it: export it with bevel, "
+            "and keep both files together"
+        ) from error
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise MeasurementError(f"{sidecar(path)} is damaged: {one_line(error, 120)}") from error
+    if sha256(path) != artifact.sha256:
+        raise MeasurementError(
+            f"{path} is not the file that {sidecar(path).name} describes (its hash differs): "
+            "it is damaged or was replaced; export it again"
+        )
+    return artifact.model_copy(update={"path": str(path)})

@@ -1,0 +1,68 @@
+"""From a `torch.export` program to an ONNX file: checked, free of traces of where it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+from torch.export import ExportedProgram
+
+from bevel.core.errors import ExportError, one_line
+from bevel.core.quiet import quiet
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """Convert and write; the same program gives the same bytes.
+
+    Raises:
+        ExportError: an operator has no ONNX form.
+    """
+    try:
+        with quiet(), torch.no_grad():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                output_names=_names(len(program.graph_signature.user_outputs)),
+            )
+            model = converted.model_proto if converted is not None else None
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = one_line(error.__cause__ or error, 200)
+        raise ExportError(
+            f"the network has no ONNX form: {reason}. Replace the operator it names, or export "
+            "for another runtime"
+        ) from error
+    if model is None:
+        raise ExportError("torch.onnx.export gave no model for this network")
+    _strip(model)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _names(count: int) -> list[str]:
+    """`output`, `output_1`, ...: a quantized program's own names say nothing."""
+    return ["output", *(f"output_{index}" for index in range(1, count))]
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove stack traces and paths: they differ between machines and say nothing to a runtime."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+            value.doc_string = ""
+            del value.metadata_props[:]
+        for value in [*graph.input, *graph.output, *graph.value_info]:
+            for size in value.type.tensor_type.shape.dim:
+                if size.dim_param and size.dim_param.isalnum():  # torch's name for the batch
+                    size.dim_param = "batch"
+        for node in graph.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+            graphs += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
