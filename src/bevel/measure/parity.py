@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bevel.core.errors import MeasurementError
 from bevel.core.progress import track
@@ -87,9 +88,10 @@ def run_batch(session: Session, images: np.ndarray) -> np.ndarray:
 
 
 def _reference(net: nn.Module, images: Tensor) -> np.ndarray:
+    """First output, as of the file."""
     with evaluating(net), torch.no_grad():
-        outputs: np.ndarray = net(images).numpy()
-    return outputs
+        first: np.ndarray = tree_leaves(net(images))[0].numpy()
+    return first
 
 
 def _results(tally: _Tally, split: str) -> tuple[Accuracy, Parity | None]:

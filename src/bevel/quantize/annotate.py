@@ -3,7 +3,7 @@
 Runtimes with a Quantize/Dequantize format run an operator in integers when all its inputs come
 from Dequantize nodes and its output goes into a Quantize node. So every operator that has an
 integer kernel gets quantized inputs and a quantized output; data movement keeps its input's
-scale; an activation function is fused into the operator before it.
+scale, except where it joins several; an activation function is fused into the operator before it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,12 @@ class FusingQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             elif node.target in OWN_SCALE:
                 self._compute(node, {}, [0], fuse=False)
             elif node.target is aten.cat.default:
-                self._share(node, list(node.args[0]))
+                # No shared scale: with a negative input among them, the zero point would not cut
+                # at 0, and a convolution with a ReLU before it would run in float.
+                own = dict.fromkeys(node.args[0], self.types.activations)
+                _annotate(node, own, self.types.activations)
             elif node.target in MOVEMENT:
-                self._share(node, [_tensor(node, 0)])
+                self._share(node, _tensor(node, 0))
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -111,12 +114,10 @@ class FusingQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         _annotate(activation, {}, self.types.activations)
         return {activation}
 
-    def _share(self, node: Node, inputs: Sequence[Node]) -> None:
-        """All inputs and the output of data movement have one scale."""
-        first = inputs[0]
-        shared = SharedQuantizationSpec((first, node))
-        specs: dict[Node, object] = {source: shared for source in inputs[1:] if source is not first}
-        _annotate(node, {first: self.types.activations, **specs}, shared)
+    def _share(self, node: Node, source: Node) -> None:
+        """Input and output of data movement have one scale."""
+        shared = SharedQuantizationSpec((source, node))
+        _annotate(node, {source: self.types.activations}, shared)
 
     @staticmethod
     def _both_activations(node: Node) -> bool:

@@ -101,7 +101,7 @@ def export(
 
     Raises:
         ExportError: the network cannot be exported, shortened to its reason; or int8 without
-            calibration.
+            calibration; or the file cannot be written.
         UnknownNameError: there is no such runtime.
     """
     plugin = load_runtime(runtime, precision)
@@ -109,23 +109,39 @@ def export(
         raise ExportError("int8 takes its ranges from calibration images: pass calibration")
     path = Path(path)
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
-    with atomic(path) as temporary:
-        quantizer = plugin.export(
-            net, inputs, precision=precision, calibration=calibration, path=temporary
-        )
-        session = plugin.open_session(temporary, 1)
-        artifact = Artifact(
-            path=path.name,
-            runtime=runtime,
-            precision=precision,
-            inputs=session.inputs,
-            outputs=session.outputs,
-            size_bytes=temporary.stat().st_size,
-            sha256=sha256(temporary),
-            quantizer=quantizer,
-        )
-    write_text(sidecar(path), artifact.model_dump_json(indent=1) + "\n")
+    try:
+        with atomic(path) as temporary:
+            quantizer = plugin.export(
+                net, inputs, precision=precision, calibration=calibration, path=temporary
+            )
+            session = plugin.open_session(temporary, 1)
+            artifact = Artifact(
+                path=path.name,
+                runtime=runtime,
+                precision=precision,
+                inputs=session.inputs,
+                outputs=session.outputs,
+                size_bytes=temporary.stat().st_size,
+                sha256=sha256(temporary),
+                quantizer=quantizer,
+            )
+        write_text(sidecar(path), artifact.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        if not _is_about(error, path):
+            raise
+        raise ExportError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; check the folder and "
+            "its permissions"
+        ) from error
     return artifact.model_copy(update={"path": str(path)})
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether the system refused this file or its folder, not something that the network reads."""
+    if error.filename is None:
+        return False
+    named, path = Path(error.filename).absolute(), path.absolute()
+    return path.is_relative_to(named) or named.parent == path.parent
 
 
 def sidecar(path: Path) -> Path:

@@ -11,6 +11,9 @@ from torch.export import ExportedProgram
 from bevel.core.errors import ExportError, one_line
 from bevel.core.quiet import quiet
 
+TRACE_HINT = "See the stack trace for more information."
+"""Ends the exporter's messages; only `--debug` shows the trace."""
+
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Convert and write; the same program gives the same bytes.
@@ -29,7 +32,8 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
             )
             model = converted.model_proto if converted is not None else None
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = one_line(error.__cause__ or error, 200)
+        told = str(error.__cause__ or error).replace(TRACE_HINT, "")
+        reason = one_line(told, 200).rstrip(".")
         raise ExportError(
             f"the network has no ONNX form: {reason}. Replace the operator it names, or export "
             "for another runtime"

@@ -1,0 +1,149 @@
+"""Every suite over every plugin that is found: a new file is tested without a new line here."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bevel.core import plugins
+from bevel.core.recipe import DataSection
+from bevel.data.cifar import CifarSource
+from bevel.testing.allocators import AllocatorContract
+from bevel.testing.criteria import CriterionContract
+from bevel.testing.datasets import DatasetContract
+from bevel.testing.devices import DeviceContract
+from bevel.testing.plugin import PluginContract
+from bevel.testing.runtimes import RuntimeContract
+
+SUITES = (RuntimeContract, DeviceContract, CriterionContract, AllocatorContract)
+
+
+def test_class(suite: type[PluginContract], name: str) -> tuple[str, type[PluginContract]]:
+    title = f"Test{suite.__name__.removesuffix('Contract')}_{name}"
+    return title, type(title, (suite,), {"name": name, "__module__": __name__})
+
+
+test_class.__test__ = False
+globals().update(
+    test_class(suite, name) for suite in SUITES for name in plugins.discover(suite.kind)
+)
+
+
+def image_folder(folder: Path) -> DataSection:
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    return DataSection(name="imagefolder", root=folder, size=8)
+
+
+class TestDatasetDigits(DatasetContract):
+    name = "digits"
+
+    @classmethod
+    def section(cls, folder: Path) -> DataSection:  # noqa: ARG003
+        return DataSection(name=cls.name)
+
+
+class TestDatasetImagefolder(DatasetContract):
+    name = "imagefolder"
+
+    @classmethod
+    def section(cls, folder: Path) -> DataSection:
+        return image_folder(folder)
+
+
+class CifarContract(DatasetContract):
+    """Files in torchvision's format, with the checksums that it looks for."""
+
+    names: tuple[str, ...]
+    files: tuple[tuple[str, str, int], ...]
+    labels: str
+    meta: str
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sections(cls, tmp_path_factory):
+        with pytest.MonkeyPatch.context() as patch:
+            yield cls.written(tmp_path_factory.mktemp("cifar"), patch)
+
+    @classmethod
+    def written(cls, root: Path, patch: pytest.MonkeyPatch) -> DataSection:
+        from torchvision import datasets
+
+        patch.setattr(CifarSource, "__len__", lambda source: len(source.labels))
+        loader = getattr(datasets, cls.name.upper())
+        folder = root / loader.base_folder
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for attribute, name, count in cls.files:
+            labels = (np.arange(count) % len(cls.names)).tolist()
+            pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": pixels, cls.labels: labels})
+            (folder / name).write_bytes(content)
+            patch.setattr(loader, attribute, [[name, hashlib.md5(content).hexdigest()]])  # noqa: S324
+        meta = pickle.dumps({cls.meta: list(cls.names)})
+        (folder / loader.meta["filename"]).write_bytes(meta)
+        patch.setattr(loader, "meta", {**loader.meta, "md5": hashlib.md5(meta).hexdigest()})  # noqa: S324
+        return DataSection(name=cls.name, root=root)
+
+
+class TestDatasetCifar10(CifarContract):
+    name = "cifar10"
+    names = tuple(f"class{i}" for i in range(10))
+    files = (("train_list", "data_batch_1", 200), ("test_list", "test_batch", 50))
+    labels, meta = "labels", "label_names"
+
+
+class TestDatasetCifar100(CifarContract):
+    name = "cifar100"
+    names = tuple(f"class{i}" for i in range(100))
+    files = (("train_list", "train", 400), ("test_list", "test", 100))
+    labels, meta = "fine_labels", "fine_label_names"
+
+
+def test_every_data_set_has_a_suite():
+    tested = {
+        cls.name
+        for cls in (DatasetContract, CifarContract)
+        for cls in cls.__subclasses__()
+        if hasattr(cls, "name")
+    }
+    assert tested >= set(plugins.discover("datasets"))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_other_plugin_has_a_suite(suite):
+    assert plugins.discover(suite.kind)
+    for name in plugins.discover(suite.kind):
+        assert f"Test{suite.__name__.removesuffix('Contract')}_{name}" in globals()
+
+
+def test_a_suite_tells_a_bad_plugin():
+    """The mutant check: a criterion that scores with one number, and one that is not finite."""
+
+    class Flat:
+        COMPARABLE = True
+
+        @staticmethod
+        def score(members, size, generator):  # noqa: ARG004
+            return torch.ones(size)
+
+    class Broken(Flat):
+        @staticmethod
+        def score(members, size, generator):  # noqa: ARG004
+            return torch.linspace(0, 1, size) / 0
+
+    suite = CriterionContract()
+    for bad in (Flat, Broken):
+        with pytest.raises(AssertionError):
+            suite.test_one_finite_score_per_unit(bad)

@@ -1,0 +1,284 @@
+"""Real files on this machine, and constructed timings on a device that only pretends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bevel
+from bevel.core import plugins
+from bevel.core.errors import MeasurementError, UnknownNameError
+from bevel.core.records import Artifact
+from bevel.devices import local
+from bevel.measure import runner
+from bevel.measure.bench import Subject, measure_all
+from bevel.measure.parity import evaluate_artifacts, run_batch
+from bevel.runtimes import open_artifact
+from bevel.runtimes.onnxruntime import open_session
+from bevel.testing.plugin import assert_readable
+from networks import EXAMPLE, Plain, Projection, Shared, randomise
+
+
+def labelled(*counts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(n, 3, 8, 8, generator=generator), torch.randint(5, (n,), generator=generator))
+        for n in counts
+    ]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A network, and its float and int8 files."""
+    folder, net = tmp_path_factory.mktemp("files"), randomise(Projection())
+    made = [
+        bevel.export(
+            net,
+            EXAMPLE,
+            precision=precision,
+            calibration=labelled(32),
+            path=folder / f"{precision}.onnx",
+        )
+        for precision in ("float32", "int8")
+    ]
+    return net, *made
+
+
+@pytest.fixture(scope="module")
+def measured(files):
+    """Both files side by side, while this process holds far more memory than they need."""
+    net, float32, int8 = files
+    ballast = np.ones(2**26)  # 512 MiB, touched
+    subjects = [Subject("original", float32, net), Subject("compressed", int8, net)]
+    results = measure_all(subjects, batches=labelled(7, 4), split="validation")
+    assert ballast.sum() == 2**26
+    return results
+
+
+def test_every_file_is_timed_at_least_a_hundred_times(measured):
+    counts = {len(result.latency.samples_ms) for result in measured}
+    assert len(counts) == 1  # in turn
+    assert counts.pop() >= 100
+    for result in measured:
+        assert result.latency.warmup_runs == runner.WARMUP_RUNS
+        assert min(result.latency.samples_ms) > 0
+        assert result.latency.p50_ms <= result.latency.p90_ms <= result.latency.p99_ms
+
+
+def test_peak_memory_is_that_of_the_file_alone(measured):
+    for result in measured:
+        assert 2**23 < result.peak_memory_bytes < 2**29
+
+
+def test_what_was_measured_and_where(measured, files):
+    assert [result.label for result in measured] == ["original", "compressed"]
+    assert [result.artifact for result in measured] == list(files[1:])
+    assert {result.threads for result in measured} == {1}
+    assert measured[0].device == local.facts(measured[0].device.runtime_version).model_copy(
+        update={
+            "frequency_mhz": measured[0].device.frequency_mhz,
+            "temperature_c": measured[0].device.temperature_c,
+        }
+    )
+    assert measured[0].device.runtime_version.startswith("onnxruntime 1.")
+
+
+def test_accuracy_and_parity_are_those_of_a_hand_computation(measured, files):
+    net, *artifacts = files
+    batches = labelled(7, 4)
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    with torch.no_grad():
+        expected = net(images).numpy().astype(np.float64)
+    for artifact, result in zip(artifacts, measured, strict=True):
+        got = open_session(Path(artifact.path), 1).run([images.numpy()])[0].astype(np.float64)
+        difference = np.abs(got - expected)
+        assert result.accuracy.top1 == np.mean(got.argmax(1) == labels.numpy())
+        assert (result.accuracy.images, result.accuracy.split) == (11, "validation")
+        assert result.parity.max_difference == pytest.approx(difference.max(), abs=1e-6)
+        assert result.parity.mean_difference == pytest.approx(difference.mean(), abs=1e-6)
+        assert result.parity.top1_agreement == np.mean(got.argmax(1) == expected.argmax(1))
+        assert result.parity.images == 11
+    assert measured[0].parity.max_difference < 1e-5 < measured[1].parity.max_difference
+
+
+def test_parity_keeps_the_references_mode_and_needs_no_gradients(files):
+    net, float32, _ = files
+    net.train()
+    ((accuracy, parity),) = evaluate_artifacts([(float32, net)], labelled(3), "test")
+    assert net.training
+    net.eval()
+    assert accuracy.images == 3
+    assert parity.max_difference < 1e-5
+
+
+def test_without_reference_there_is_no_parity(files):
+    ((accuracy, parity),) = evaluate_artifacts([(files[1], None)], labelled(3), "test")
+    assert accuracy.images == 3
+    assert parity is None
+
+
+def test_first_of_several_outputs_counts(tmp_path):
+    net = randomise(Shared())
+    wrapped = nn.Sequential(net)
+    artifact = bevel.export(wrapped, EXAMPLE, path=tmp_path / "shared.onnx")
+    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+    ((_, parity),) = evaluate_artifacts([(artifact, wrapped)], [(EXAMPLE, labels)], "test")
+    assert parity.max_difference < 1e-4
+
+
+def test_no_images(files):
+    with pytest.raises(MeasurementError, match="no validation images") as caught:
+        evaluate_artifacts([(files[1], None)], [], "validation")
+    assert_readable(caught.value)
+
+
+def test_images_of_another_size(files):
+    wrong = [(torch.zeros(2, 3, 9, 9), torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(MeasurementError, match="dimensions") as caught:
+        evaluate_artifacts([(files[1], None)], wrong, "test")
+    assert_readable(caught.value)
+
+
+def test_file_for_one_image_gets_a_batch_in_turn():
+    class One:
+        inputs = [types.SimpleNamespace(shape=[1, 3])]  # noqa: RUF012
+
+        def run(self, arrays):
+            assert arrays[0].shape == (1, 3)
+            return [arrays[0] * 2]
+
+    images = np.arange(12.0).reshape(4, 3)
+    assert np.array_equal(run_batch(One(), images), images * 2)
+    One.inputs[0].shape = [8, 3]
+    with pytest.raises(MeasurementError, match="takes 8 images at a time, got 4"):
+        run_batch(One(), images)
+
+
+def described(label: str, precision: str, runtime: str = "onnxruntime") -> Subject:
+    fields = {"path": label, "runtime": runtime, "precision": precision, "sha256": ""}
+    return Subject(label, Artifact(**fields, inputs=[], outputs=[], size_bytes=1))
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A function that measures subjects with given samples on a device with a given load."""
+
+    def measure(subjects, samples, load=0.0):
+        jobs = []
+
+        def run_module(module, arguments, *, threads):
+            assert module == "bevel.measure.runner"
+            job = json.loads(Path(arguments[0]).read_text())
+            assert job["threads"] == threads
+            jobs.append(job)
+            timed = {"samples_ms": samples, "warmup_runs": 20}
+            result = timed if job["task"] == "latency" else {"peak_memory_bytes": len(jobs)}
+            Path(arguments[1]).write_text(json.dumps(result))
+
+        device = types.ModuleType("pretend_device")
+        device.facts = lambda version=None: local.facts(version).model_copy(update={"cores": 2})
+        device.load_average = lambda: load
+        device.run_module = run_module
+        monkeypatch.setitem(sys.modules, "pretend_device", device)
+        real = plugins.discover
+        found = {"pretend": plugins.Plugin("devices", "pretend", "pretend_device")}
+        monkeypatch.setattr(
+            plugins, "discover", lambda kind: found if kind == "devices" else real(kind)
+        )
+        results = measure_all(subjects, device="pretend", threads=3)
+        return [result.warnings for result in results], jobs
+
+    return measure
+
+
+STEADY, SLOWER = [1.0] * 100, [1.25] * 100
+
+
+def test_nothing_to_warn_of(pretend):
+    subjects = [described("compressed", "float32"), described("compressed", "int8")]
+    warnings, jobs = pretend(subjects, [SLOWER, STEADY], load=2.0)
+    assert warnings == [[], []]
+    assert [(job["task"], len(job["subjects"]), job["threads"]) for job in jobs] == [
+        ("latency", 2, 3),
+        ("memory", 1, 3),
+        ("memory", 1, 3),
+    ]
+
+
+def test_int8_slower_than_its_float_file(pretend):
+    subjects = [described("compressed", "float32"), described("compressed", "int8")]
+    (float32, int8), _ = pretend(subjects, [STEADY, SLOWER])
+    assert float32 == []
+    assert int8 == ["int8 is slower than float32 here (1.25 against 1 ms): ship the float32 file"]
+
+
+def test_int8_is_compared_with_nothing_else(pretend):
+    """Not with another network's file, nor with that of another runtime."""
+    subjects = [described("original", "float32"), described("compressed", "int8")]
+    assert pretend(subjects, [STEADY, SLOWER])[0] == [[], []]
+
+
+def test_noisy_timing(pretend):
+    (warnings,), _ = pretend([described("a", "float32")], [[1.0] * 80 + [2.0] * 20])
+    assert len(warnings) == 1
+    assert warnings[0].startswith("noisy timing: p90 2 ms against p50 1 ms")
+    assert pretend([described("a", "float32")], [[1.0] * 95 + [2.0] * 5])[0] == [[]]
+
+
+def test_loaded_machine(pretend):
+    (warnings,), _ = pretend([described("a", "float32")], [STEADY], load=2.3)
+    assert warnings == ["the machine was loaded before the timing (2.3, 2 cores)"]
+    assert pretend([described("a", "float32")], [STEADY], load=None)[0] == [[]]
+
+
+def test_unknown_device(files):
+    with pytest.raises(UnknownNameError, match=r"no device called 'locale'\. Did you mean 'local'"):
+        bevel.measure(files[1], device="locale")
+
+
+def test_damaged_file_is_one_line(files, tmp_path, capfd):
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(b"no model" * 50)
+    damaged = files[1].model_copy(update={"path": str(path)})
+    with pytest.raises(MeasurementError, match=r"ONNX Runtime cannot load .*damaged") as caught:
+        bevel.measure(damaged)
+    assert_readable(caught.value)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(MeasurementError, match="no exported file at"):
+        bevel.measure(tmp_path / "absent.onnx")
+
+
+def test_runner_takes_files_in_turn(monkeypatch):
+    """Every round runs each file once; warm-up is not counted."""
+    order = []
+
+    def opened(subject, threads):
+        assert threads == 2
+        return types.SimpleNamespace(run=lambda _: order.append(subject)), []
+
+    monkeypatch.setattr(runner, "_open", opened)
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    result = runner._latency({"subjects": ["a", "b"], "threads": 2})
+    warm = runner.WARMUP_RUNS
+    assert order[: 2 * warm] == ["a"] * warm + ["b"] * warm
+    assert order[2 * warm :] == ["a", "b"] * runner.LEAST_RUNS
+    assert [len(times) for times in result["samples_ms"]] == [runner.LEAST_RUNS] * 2
+
+
+def test_plain_network_measured_by_path(tmp_path, monkeypatch):
+    """`bevel.measure` on a path reads the description beside it."""
+    artifact = bevel.export(randomise(Plain()), EXAMPLE, path=tmp_path / "plain.onnx")
+    assert open_artifact(tmp_path / "plain.onnx") == artifact
+    seen = []
+    monkeypatch.setattr(
+        "bevel.measure.bench.measure_all", lambda subjects, **_: seen.extend(subjects) or subjects
+    )
+    bevel.measure(tmp_path / "plain.onnx", label="mine")
+    assert (seen[0].label, seen[0].artifact, seen[0].reference) == ("mine", artifact, None)
