@@ -18,9 +18,9 @@ from typing import Any
 import bevel
 from bevel.core import recipe as recipes
 from bevel.core.records import RunRecord
-from bevel.report import COLUMNS, rows, table
-from bevel.report.summary import duration
-from bevel.report.text import markdown_table
+from bevel.reporting import COLUMNS, rows, table
+from bevel.reporting.summary import duration
+from bevel.reporting.text import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 

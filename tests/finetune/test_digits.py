@@ -4,7 +4,7 @@ from tiny_training import Digits
 
 from bevel.core.recipe import DataSection, TrainStep
 from bevel.data import load
-from bevel.finetune import finetune
+from bevel.finetuning import finetune
 
 
 def test_digits_are_learned_in_seconds():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bevel.finetune.distill import combined_loss, distillation_loss
+from bevel.finetuning.distill import combined_loss, distillation_loss
 
 
 def test_it_is_zero_for_equal_outputs_and_matches_the_formula():

@@ -10,10 +10,10 @@ from torch import nn
 from bevel.core.errors import RunFolderError
 from bevel.core.progress import reporting
 from bevel.core.recipe import TrainStep
-from bevel.finetune import execution
-from bevel.finetune.execution import Choice, choose
-from bevel.finetune.state import digest
-from bevel.finetune.step import Execution
+from bevel.finetuning import execution
+from bevel.finetuning.execution import Choice, choose
+from bevel.finetuning.state import digest
+from bevel.finetuning.step import Execution
 
 CPU = torch.device("cpu")
 

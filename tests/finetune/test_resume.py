@@ -13,8 +13,8 @@ from tiny_training import TinyData, tiny_net
 
 from bevel.core.errors import RunFolderError
 from bevel.core.recipe import TrainStep
-from bevel.finetune import finetune
-from bevel.finetune.state import EPOCH_FILE, EXECUTION_FILE, digest
+from bevel.finetuning import finetune
+from bevel.finetuning.state import EPOCH_FILE, EXECUTION_FILE, digest
 
 JOB = Path(__file__).with_name("training_job.py")
 

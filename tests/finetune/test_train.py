@@ -9,9 +9,9 @@ from torch import nn
 
 from bevel.core.errors import ModelError, TrainingError
 from bevel.core.recipe import TrainStep
-from bevel.finetune import finetune
-from bevel.finetune.optimizer import averaged, learning_rate, sgd
-from bevel.finetune.state import digest
+from bevel.finetuning import finetune
+from bevel.finetuning.optimizer import averaged, learning_rate, sgd
+from bevel.finetuning.state import digest
 
 
 def test_it_learns_and_leaves_the_input_alone(data, net, snapshot):

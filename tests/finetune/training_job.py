@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tiny_training import TinyData, tiny_net
 
 from bevel.core.recipe import TrainStep
-from bevel.finetune import finetune, state
+from bevel.finetuning import finetune, state
 
 SETTINGS = TrainStep(
     epochs=4,

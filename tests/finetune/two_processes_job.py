@@ -7,8 +7,8 @@ from pathlib import Path
 from tiny_training import TinyData, tiny_net
 
 from bevel.core.recipe import TrainStep
-from bevel.finetune import finetune
-from bevel.finetune.state import digest
+from bevel.finetuning import finetune
+from bevel.finetuning.state import digest
 
 
 class Interrupted(TinyData):

@@ -17,9 +17,9 @@ from bevel.core import plugins
 from bevel.core.errors import MeasurementError, UnknownNameError
 from bevel.core.records import Artifact
 from bevel.devices import local
-from bevel.measure import runner
-from bevel.measure.bench import Subject, measure_all
-from bevel.measure.parity import evaluate_artifacts, run_batch
+from bevel.measurement import runner
+from bevel.measurement.bench import Subject, measure_all
+from bevel.measurement.parity import evaluate_artifacts, run_batch
 from bevel.runtimes import open_artifact
 from bevel.runtimes.onnxruntime import open_session
 from bevel.testing.plugin import assert_readable
@@ -168,13 +168,13 @@ def described(label: str, precision: str, runtime: str = "onnxruntime") -> Subje
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """A function that measures subjects with given samples on a device with a given load."""
+    """A function that measures subjects with given samples, beside other work."""
 
-    def measure(subjects, samples, load=0.0):
+    def measure(subjects, samples, busy=0.0):
         jobs = []
 
         def run_module(module, arguments, *, threads):
-            assert module == "bevel.measure.runner"
+            assert module == "bevel.measurement.runner"
             job = json.loads(Path(arguments[0]).read_text())
             assert job["threads"] == threads
             jobs.append(job)
@@ -184,7 +184,7 @@ def pretend(monkeypatch):
 
         device = types.ModuleType("pretend_device")
         device.facts = lambda version=None: local.facts(version).model_copy(update={"cores": 2})
-        device.load_average = lambda: load
+        device.busy_cores = lambda: busy
         device.run_module = run_module
         monkeypatch.setitem(sys.modules, "pretend_device", device)
         real = plugins.discover
@@ -203,7 +203,7 @@ STEADY, SLOWER = [1.0] * 100, [1.25] * 100
 
 def test_nothing_to_warn_of(pretend):
     subjects = [described("compressed", "float32"), described("compressed", "int8")]
-    warnings, jobs = pretend(subjects, [SLOWER, STEADY], load=2.0)
+    warnings, jobs = pretend(subjects, [SLOWER, STEADY], busy=0.5)
     assert warnings == [[], []]
     assert [(job["task"], len(job["subjects"]), job["threads"]) for job in jobs] == [
         ("latency", 2, 3),
@@ -233,9 +233,9 @@ def test_noisy_timing(pretend):
 
 
 def test_loaded_machine(pretend):
-    (warnings,), _ = pretend([described("a", "float32")], [STEADY], load=2.3)
-    assert warnings == ["the machine was loaded before the timing (2.3, 2 cores)"]
-    assert pretend([described("a", "float32")], [STEADY], load=None)[0] == [[]]
+    (warnings,), _ = pretend([described("a", "float32")], [STEADY], busy=1.3)
+    assert warnings == ["other work kept 1.3 processors busy just before the timing"]
+    assert pretend([described("a", "float32")], [STEADY], busy=None)[0] == [[]]
 
 
 def test_unknown_device(files):
@@ -278,7 +278,8 @@ def test_plain_network_measured_by_path(tmp_path, monkeypatch):
     assert open_artifact(tmp_path / "plain.onnx") == artifact
     seen = []
     monkeypatch.setattr(
-        "bevel.measure.bench.measure_all", lambda subjects, **_: seen.extend(subjects) or subjects
+        "bevel.measurement.bench.measure_all",
+        lambda subjects, **_: seen.extend(subjects) or subjects,
     )
     bevel.measure(tmp_path / "plain.onnx", label="mine")
     assert (seen[0].label, seen[0].artifact, seen[0].reference) == ("mine", artifact, None)

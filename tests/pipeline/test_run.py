@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_run_again(finished):
 
 def test_the_compressed_file_loads_by_itself(finished):
     from bevel.models import build
-    from bevel.prune.apply import read_metadata
+    from bevel.pruning.apply import read_metadata
 
     plan, model = read_metadata(finished / "compressed.safetensors")
     net = bevel.load_pruned(

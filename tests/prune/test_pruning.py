@@ -12,10 +12,10 @@ from torch import nn
 import bevel
 from bevel.core.errors import PruningError
 from bevel.graph.couplings import analyze
-from bevel.prune.allocate import rank
-from bevel.prune.apply import mask, prune
-from bevel.prune.plan import PruningPlan, TensorCut, indices, make_plan, runs_of
-from bevel.prune.verify import compare
+from bevel.pruning.allocate import rank
+from bevel.pruning.apply import mask, prune
+from bevel.pruning.plan import PruningPlan, TensorCut, indices, make_plan, runs_of
+from bevel.pruning.verify import compare
 from networks import ALL, EXAMPLE, Concat, Grouped, HardWired, Plain, Projection, Shared, randomise
 
 CRITERIA = ("l1", "l2", "mean_weight", "bn_scale", "random")
@@ -96,7 +96,7 @@ def test_mean_weight_ranks_as_l1_within_a_layer_and_ignores_fan_in_across_layers
             module.weight.fill_(0.1)  # fan-in 27, 144 and 96
     scores = {}
     for criterion in ("l1", "mean_weight"):
-        from bevel.prune.scoring import score_groups
+        from bevel.pruning.scoring import score_groups
 
         scores[criterion] = score_groups(net, analyze(net, EXAMPLE), criterion)
     means = [value.mean() for value in scores["mean_weight"].values()]

@@ -16,9 +16,9 @@ from torchvision.models import mobilenet_v2
 
 import bevel
 from bevel.graph.program import export_program
-from bevel.quantize.annotate import FusingQuantizer
-from bevel.quantize.pt2e import inputs_of, quantize
-from bevel.quantize.ranges import SMALLEST_SCALE, ChannelObserver, u8s8
+from bevel.quantization.annotate import FusingQuantizer
+from bevel.quantization.pt2e import inputs_of, quantize
+from bevel.quantization.ranges import SMALLEST_SCALE, ChannelObserver, u8s8
 from bevel.runtimes.onnxruntime import open_session
 from networks import EXAMPLE, Concat, Grouped, Padded, Plain, Projection, randomise
 

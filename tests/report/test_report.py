@@ -10,9 +10,9 @@ import pytest
 
 from bevel.core.errors import RunFolderError
 from bevel.core.records import RunRecord
-from bevel.report import COLUMNS, html, markdown, measured, report, rows, table
-from bevel.report.charts import charts
-from bevel.report.summary import count, duration, milliseconds, percent, size
+from bevel.reporting import COLUMNS, html, markdown, measured, report, rows, table
+from bevel.reporting.charts import charts
+from bevel.reporting.summary import count, duration, milliseconds, percent, size
 
 
 def test_rows_are_numbers_with_the_original_first(record: RunRecord) -> None:
@@ -199,5 +199,5 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_reporting_imports_no_torch() -> None:
-    code = "import sys, bevel.report; assert not {'torch', 'numpy', 'plotly'} & set(sys.modules)"
+    code = "import sys, bevel.reporting; assert not {'torch', 'numpy', 'plotly'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -71,7 +71,7 @@ def test_network_that_takes_one_image(precision, tmp_path):
     )
     assert artifact.inputs[0].shape == [1, 3, 8, 8]
     expected = np.concatenate([net_outputs(net, EXAMPLE[i : i + 1])[0] for i in range(2)])
-    measured = bevel.measure.parity.run_batch(
+    measured = bevel.measurement.parity.run_batch(
         bevel.runtimes.onnxruntime.open_session(tmp_path / "one.onnx", 1), EXAMPLE.numpy()
     )
     assert_same([measured], [expected], 1e-5 if precision == "float32" else 0.05)

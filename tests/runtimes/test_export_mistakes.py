@@ -166,7 +166,7 @@ def test_opening_and_measuring_needs_no_torch(artifact, tmp_path):
     """A device carries the runtime, not torch: it must not even be imported."""
     program = (
         "import json, pathlib, sys\n"
-        "from bevel.measure import runner\n"
+        "from bevel.measurement import runner\n"
         "from bevel.runtimes import open_artifact, onnxruntime\n"
         "path, folder = sys.argv[1], pathlib.Path(sys.argv[2])\n"
         "open_artifact(path)\n"

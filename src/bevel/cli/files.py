@@ -19,7 +19,7 @@ from bevel.core.recipe import FinetuneStep, Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from bevel.prune.verify import Proof
+    from bevel.pruning.verify import Proof
 
 Model = Annotated[
     str,
@@ -335,7 +335,7 @@ def measure(
     source = networks.read_recipe(recipe, overrides)
     with console.working(quiet_stdout=json):
         import bevel
-        from bevel.measure.bench import Subject, measure_all
+        from bevel.measurement.bench import Subject, measure_all
         from bevel.runtimes import open_artifact
 
         subjects = [Subject(str(path), open_artifact(path), None) for path in artifacts]
@@ -346,7 +346,7 @@ def measure(
     if json:
         console.print_json({"measurements": [m.model_dump(mode="json") for m in found]})
         return
-    from bevel.report import MEASURED, measured
+    from bevel.reporting import MEASURED, measured
 
     console.print_table(MEASURED, measured(found))
     for measurement in found:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bevel.data import Data
-    from bevel.prune.plan import PruningPlan
+    from bevel.pruning.plan import PruningPlan
 
 SUFFIX = ".safetensors"
 
@@ -94,7 +94,7 @@ def _from_file(
 ) -> Network:
     """A pruned network from its file, built as the file says where the caller does not."""
     from bevel.models import build
-    from bevel.prune.apply import load_pruned, read_metadata
+    from bevel.pruning.apply import load_pruned, read_metadata
 
     plan, stated = read_metadata(path)
     stated = stated or {}

@@ -62,7 +62,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Rewrite a run's report.md and report.html, and print its table."""
-    from bevel.report import report as rewrite
+    from bevel.reporting import report as rewrite
 
     record = rewrite(folder)
     _show(record, json=json)
@@ -71,7 +71,7 @@ def report(
 
 def _show(record: RunRecord, *, json: bool) -> None:
     """A run's result on stdout."""
-    from bevel.report import COLUMNS, table, warnings
+    from bevel.reporting import COLUMNS, table, warnings
 
     if json:
         console.print_json(record.model_dump(mode="json"))

@@ -22,8 +22,8 @@ from bevel.core.errors import MissingDependencyError, UnknownNameError, suggesti
 
 PACKAGES: Mapping[str, str] = {
     "datasets": "bevel.data.datasets",
-    "criteria": "bevel.prune.criteria",
-    "allocators": "bevel.prune.allocate",
+    "criteria": "bevel.pruning.criteria",
+    "allocators": "bevel.pruning.allocate",
     "runtimes": "bevel.runtimes",
     "devices": "bevel.devices",
     "rules": "bevel.surgery.rules",

@@ -15,8 +15,8 @@ class Device(Protocol):
         """The hardware, as far as the system tells."""
         ...
 
-    def load_average(self) -> float | None:
-        """Processes that want a processor, averaged over the last minute."""
+    def busy_cores(self) -> float | None:
+        """Processors that something else keeps busy right now; None if the system does not tell."""
         ...
 
     def run_module(self, module: str, arguments: Sequence[str], *, threads: int) -> None:

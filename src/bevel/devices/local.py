@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +38,18 @@ def facts(runtime_version: str | None = None) -> DeviceFacts:
     )
 
 
-def load_average() -> float | None:
-    """Processes that want a processor, averaged over the last minute."""
-    return os.getloadavg()[0]
+def busy_cores() -> float | None:
+    """Processors that are busy while this process sleeps for half a second, from /proc/stat.
+
+    The load average would count what this process itself did in the minute before.
+    """
+    before = _processor_times()
+    time.sleep(0.5)
+    after = _processor_times()
+    if before is None or after is None:
+        return None
+    idle, total = after[0] - before[0], after[1] - before[1]
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else 0.0
 
 
 def run_module(module: str, arguments: Sequence[str], *, threads: int) -> None:
@@ -61,6 +71,15 @@ def run_module(module: str, arguments: Sequence[str], *, threads: int) -> None:
         lines = done.stderr.strip().splitlines()
         reason = one_line(lines[-1]) if lines else f"it ended with {done.returncode}"
         raise MeasurementError(f"the measurement failed on this machine: {reason}")
+
+
+def _processor_times() -> tuple[int, int] | None:
+    """Idle and total time of all processors since the start, in ticks."""
+    line = (_text(Path("/proc/stat")) or "").partition("\n")[0]
+    if not line.startswith("cpu "):
+        return None
+    ticks = [int(field) for field in line.split()[1:9]]  # guest time is part of user time
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _text(path: Path) -> str | None:

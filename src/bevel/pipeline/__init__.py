@@ -11,7 +11,7 @@ from bevel.core.records import RunRecord
 from bevel.pipeline.explanation import Explanation
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder, now
-from bevel.report import report
+from bevel.reporting import report
 
 __all__ = ["Explanation", "explain", "run"]
 

@@ -20,9 +20,9 @@ from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.graph.record import evaluating
 from bevel.models import build
 from bevel.pipeline.flow import check_names
-from bevel.prune.allocate import Allocator, rank
-from bevel.prune.planning import plan_pruning
-from bevel.prune.scoring import score_groups
+from bevel.pruning.allocate import Allocator, rank
+from bevel.pruning.planning import plan_pruning
+from bevel.pruning.scoring import score_groups
 
 
 class GroupLine(Record):

@@ -18,16 +18,16 @@ from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.data.metrics import evaluate
-from bevel.finetune.train import finetune
+from bevel.finetuning.train import finetune
 from bevel.graph.couplings import analyze
-from bevel.measure.bench import Subject, measure_all
+from bevel.measurement.bench import Subject, measure_all
 from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
-from bevel.prune.apply import load_pruned, prune, read_metadata, save_pruned
-from bevel.prune.plan import PruningPlan, make_plan
-from bevel.prune.planning import plan_pruning
-from bevel.prune.verify import verify_pruning
+from bevel.pruning.apply import load_pruned, prune, read_metadata, save_pruned
+from bevel.pruning.plan import PruningPlan, make_plan
+from bevel.pruning.planning import plan_pruning
+from bevel.pruning.verify import verify_pruning
 from bevel.runtimes import export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8

@@ -56,9 +56,9 @@ def export(
         write_onnx(program, path)
         return None
     with quiet():  # torchao talks while it is imported
-        from bevel.quantize.annotate import FusingQuantizer
-        from bevel.quantize.pt2e import quantize
-        from bevel.quantize.ranges import u8s8
+        from bevel.quantization.annotate import FusingQuantizer
+        from bevel.quantization.pt2e import quantize
+        from bevel.quantization.ranges import u8s8
 
     converted = quantize(program, FusingQuantizer(u8s8()), calibration or ())
     program, _, _ = export_program(converted, inputs, dynamic=dynamic)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bevel.core.errors import PruningError
-from bevel.prune.allocate import Allocator
-from bevel.prune.apply import prune
-from bevel.prune.plan import PruningPlan
-from bevel.prune.planning import plan_pruning
+from bevel.pruning.allocate import Allocator
+from bevel.pruning.apply import prune
+from bevel.pruning.plan import PruningPlan
+from bevel.pruning.planning import plan_pruning
 from bevel.testing.plugin import PluginContract, assert_readable
 from bevel.testing.runtimes import images, small_network
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bevel.prune.apply import prune
-from bevel.prune.criteria import Criterion, Member
-from bevel.prune.planning import plan_pruning
-from bevel.prune.verify import verify_pruning
+from bevel.pruning.apply import prune
+from bevel.pruning.criteria import Criterion, Member
+from bevel.pruning.planning import plan_pruning
+from bevel.pruning.verify import verify_pruning
 from bevel.testing.plugin import PluginContract
 from bevel.testing.runtimes import images, small_network
 

@@ -18,7 +18,7 @@ from torch import nn
 from bevel.core.errors import MeasurementError
 from bevel.core.records import DeviceFacts
 from bevel.devices import Device
-from bevel.measure.bench import RUNNER
+from bevel.measurement.bench import RUNNER
 from bevel.runtimes import export
 from bevel.testing.plugin import PluginContract, assert_readable
 
@@ -64,10 +64,10 @@ class DeviceContract(PluginContract):
         assert plugin.facts("runtime 1.2").runtime_version == "runtime 1.2"
         assert plugin.facts().runtime_version is None
 
-    def test_load_average(self, plugin: Device) -> None:
-        """Not negative, or unknown."""
-        load = plugin.load_average()
-        assert load is None or load >= 0
+    def test_busy_cores(self, plugin: Device) -> None:
+        """Between none and all processors, or unknown."""
+        busy = plugin.busy_cores()
+        assert busy is None or -1e-6 <= busy <= plugin.facts().cores + 1e-6
 
     def test_runs_the_runner(
         self, plugin: Device, tmp_path: Path, artifact: Path, capfd: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import ExportError, MeasurementError
 from bevel.core.records import Artifact
-from bevel.measure.parity import run_batch
+from bevel.measurement.parity import run_batch
 from bevel.runtimes import Runtime, export, open_artifact, sidecar
 from bevel.testing.plugin import PluginContract, assert_readable
 

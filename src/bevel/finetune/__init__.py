@@ -1,5 +1,0 @@
-"""Training: one plain loop, with distillation."""
-
-from bevel.finetune.train import Trained, TrainingData, finetune
-
-__all__ = ["Trained", "TrainingData", "finetune"]

@@ -1,0 +1,229 @@
+"""Carry out a pruning plan, and store the result without pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from bevel.core.errors import CheckpointError, PruningError, one_line
+from bevel.core.files import atomic
+from bevel.pruning.plan import PruningPlan, TensorCut, indices
+
+
+def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A new network without what the plan removes; `net` is unchanged.
+
+    The result is made of the same module classes: parameters and buffers are sliced and the
+    modules' size attributes follow, so it trains, saves and exports as the original does.
+
+    Raises:
+        PruningError: the plan does not fit the network (unknown tensor, other shape, index out of
+            range).
+    """
+    pruned = copy.deepcopy(net)
+    _check(pruned, plan)
+    _slice_parameters(pruned, plan)
+    for name, module in pruned.named_modules():
+        resize(module)
+        for attribute, value in plan.attributes.get(name, {}).items():
+            setattr(module, attribute, value)
+    return pruned
+
+
+def _slice_parameters(net: nn.Module, plan: PruningPlan) -> None:
+    """Replace every tensor that the plan cuts; a shared one stays shared."""
+    done: dict[int, nn.Parameter | Tensor] = {}
+    tensors = [
+        *net.named_parameters(remove_duplicate=False),
+        *net.named_buffers(remove_duplicate=False),
+    ]
+    cuts = {id(tensor): plan.tensors[name] for name, tensor in tensors if name in plan.tensors}
+    for name, tensor in tensors:
+        if id(tensor) not in cuts:
+            continue
+        if id(tensor) not in done:
+            kept = cut_tensor(tensor.detach(), cuts[id(tensor)])
+            done[id(tensor)] = (
+                nn.Parameter(kept, requires_grad=tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else kept
+            )
+        owner, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(owner), leaf, done[id(tensor)])
+
+
+def cut_tensor(tensor: Tensor, cut: TensorCut) -> Tensor:
+    """A contiguous copy of what stays of a tensor."""
+    for dim in sorted(cut.keep, reverse=True):  # blocks of dimension 0 are cut before dimension 0
+        runs = cut.keep[dim]
+        if isinstance(runs, str):
+            tensor = tensor.index_select(dim, torch.from_numpy(indices(runs)))
+        else:
+            parts = [
+                part.index_select(dim, torch.from_numpy(indices(block)))
+                for part, block in zip(tensor.chunk(len(runs)), runs, strict=True)
+            ]
+            tensor = torch.cat(parts)
+    return tensor.contiguous().clone()
+
+
+def resize(module: nn.Module) -> None:
+    """Make a module's size attributes agree with its sliced parameters."""
+    if isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = (
+            module.weight.shape[0],
+            module.weight.shape[1] * module.groups,
+        )
+    elif isinstance(module, _ConvNd):
+        if module.groups == module.in_channels and module.groups > 1:  # depthwise
+            multiplier = module.out_channels // module.in_channels
+            module.groups = module.weight.shape[0] // multiplier
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase):
+        for tensor in (module.weight, module.running_mean):
+            if tensor is not None:
+                module.num_features = tensor.shape[0]
+
+
+def _check(net: nn.Module, plan: PruningPlan) -> None:
+    """Every cut names a tensor of the stated shape and keeps at least one index within it."""
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    modules = dict(net.named_modules())
+    for name, cut in plan.tensors.items():
+        if name not in tensors:
+            raise PruningError(
+                f"the plan cuts '{name}', which this network does not have: "
+                "it is another network's plan"
+            )
+        shape = list(tensors[name].shape)
+        if shape != cut.shape:
+            raise PruningError(
+                f"the plan was made for '{name}' of shape {cut.shape}, got {shape}: "
+                "it is another network's plan, or the network is already pruned"
+            )
+        for dim, runs in cut.keep.items():
+            if not 0 <= dim < len(shape):
+                raise PruningError(
+                    f"the plan cuts dimension {dim} of '{name}', which has {len(shape)}"
+                )
+            blocks = runs if isinstance(runs, list) else [runs]
+            kept = [indices(block) for block in blocks]
+            if (
+                any(k.size == 0 or k[-1] >= shape[dim] for k in kept)
+                or len({k.size for k in kept}) != 1
+            ):
+                raise PruningError(
+                    f"the plan's indices for dimension {dim} of '{name}' are out of range or "
+                    f"uneven: the dimension has {shape[dim]}"
+                )
+            if isinstance(runs, list) and (shape[0] % len(runs) or dim == 0):
+                raise PruningError(
+                    f"the plan cuts '{name}' into {len(runs)} blocks, which do not divide it"
+                )
+    for name, attributes in plan.attributes.items():
+        for attribute in attributes:
+            if name not in modules or not isinstance(getattr(modules[name], attribute, None), int):
+                raise PruningError(
+                    f"the plan sets {name}.{attribute}, which this network does not have"
+                )
+
+
+def mask(net: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The original network with the plan's slices set to zero: what the pruned one must equal."""
+    masked = copy.deepcopy(net)
+    parameters = dict(masked.named_parameters())
+    with torch.no_grad():
+        for name, cut in plan.tensors.items():
+            parameter = parameters.get(name)
+            if parameter is None:  # statistics of a removed channel no longer matter
+                continue
+            for dim, runs in cut.keep.items():
+                blocks = runs if isinstance(runs, list) else [runs]
+                parts = parameter.chunk(len(blocks)) if isinstance(runs, list) else (parameter,)
+                for part, block in zip(parts, blocks, strict=True):
+                    gone = np.setdiff1d(np.arange(cut.shape[dim]), indices(block))
+                    part.index_fill_(dim, torch.from_numpy(gone), 0)
+    return masked
+
+
+def save_pruned(
+    pruned: nn.Module,
+    plan: PruningPlan,
+    path: Path | str,
+    *,
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Write weights and plan as one safetensors file.
+
+    Args:
+        pruned: the pruned network, trained further or not.
+        plan: the plan on the original network.
+        path: a `.safetensors` file; it appears whole or not at all.
+        model: how to build the original (`name`, `arguments`, `input_shape`), so that the file
+            can be loaded by itself.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in _unshared(pruned).items()}
+    metadata = json.dumps({"plan": plan.model_dump(mode="json"), "model": model})
+    with atomic(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"bevel": metadata})
+
+
+def load_pruned(factory: Callable[[], nn.Module], path: Path | str) -> nn.Module:
+    """Build the original network, replay the plan and load the weights; eval mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or was not written by `save_pruned`.
+        PruningError: the plan does not fit what the factory builds.
+    """
+    plan, _ = read_metadata(path)
+    pruned = prune(factory(), plan)
+    with safe_open(Path(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    missing, unexpected = pruned.load_state_dict(tensors, strict=False)
+    absent = set(missing) - (set(pruned.state_dict()) - set(_unshared(pruned)))
+    if absent or unexpected:
+        name = sorted([*absent, *unexpected])[0]
+        raise CheckpointError(f"{path} does not hold the weights of this network: '{name}' differs")
+    return pruned.eval()
+
+
+def read_metadata(path: Path | str) -> tuple[PruningPlan, dict[str, Any] | None]:
+    """The plan and the model description of a file written by `save_pruned`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or was not written by `save_pruned`.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("bevel")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
+    if text is None:
+        raise CheckpointError(f"{path} holds weights but no pruning plan: bevel did not write it")
+    content = json.loads(text)
+    return PruningPlan.parse(json.dumps(content["plan"]), str(path)), content["model"]
+
+
+def _unshared(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each shared tensor once, under its first name."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors

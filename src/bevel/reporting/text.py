@@ -1,0 +1,90 @@
+"""The report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import yaml
+
+from bevel.core.records import RunRecord
+from bevel.reporting import sections
+from bevel.reporting.summary import COLUMNS, table
+
+
+def markdown(record: RunRecord) -> str:
+    """The whole report as GitHub-flavoured Markdown."""
+    blocks = [
+        f"# bevel: {_escape(str(record.recipe.get('name', 'run')))}",
+        sections.headline(record),
+        markdown_table(COLUMNS, table(record)),
+    ]
+    warnings = sections.warnings(record)
+    if warnings:
+        blocks += ["## Warnings", bullets(warnings)]
+    blocks += [
+        "## Steps",
+        markdown_table(("step", "validation", "MACs", "params", "time"), sections.steps(record)),
+    ]
+    for title, history in sections.histories(record):
+        columns = list(dict.fromkeys(key for epoch in history for key in epoch))
+        blocks += [
+            f"### Training, {title}",
+            markdown_table(columns, [[_number(e.get(key)) for key in columns] for e in history]),
+        ]
+    for title, widths in sections.groups(record):
+        blocks += [
+            f"### Channels, {title}",
+            markdown_table(
+                ("channel group", "before", "after"),
+                [[str(g.get(key, "")) for key in ("name", "before", "after")] for g in widths],
+            ),
+        ]
+    proofs = sections.proofs(record)
+    if proofs:
+        blocks += ["## Proof", bullets(proofs)]
+    notes = sections.notes(record)
+    if notes:
+        blocks += ["## Channels that stay", bullets(notes)]
+    blocks += _measured(record)
+    blocks += ["## Machine and versions", markdown_table(("", ""), sections.facts(record))]
+    recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)
+    blocks += ["## Recipe", f"```yaml\n{recipe}```"]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _measured(record: RunRecord) -> list[str]:
+    """Latency, parity, files, and how the numbers were obtained."""
+    latency = ("file", "samples", "p50 ms", "p90 ms", "p99 ms", "min ms", "max ms")
+    parity = ("file", "images", "same top-1", "max difference", "mean difference")
+    return [
+        "## Latency",
+        markdown_table(latency, sections.latencies(record)),
+        "## Parity of outputs with torch",
+        markdown_table(parity, sections.parities(record)),
+        "## Files",
+        markdown_table(("path", "size", "quantizer", "sha256"), sections.files(record)),
+        "## How it was measured",
+        bullets(sections.methods(record)),
+    ]
+
+
+def markdown_table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the words "none" where there are no rows."""
+    if not body:
+        return "none"
+    lines = [columns, ["---"] * len(columns), *body]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {_escape(line)}" for line in lines)
+
+
+def _escape(text: str) -> str:
+    """Text that stays in its table cell and is not taken for HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
