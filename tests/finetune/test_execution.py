@@ -61,9 +61,18 @@ def test_the_fastest_is_chosen(batch):
     choice = pick(Moody(seconds), batch)
     assert choice.execution == Execution("bfloat16", "contiguous")
     assert len(choice.step_ms) == 4
-    pinned = pick(Moody(seconds), batch, precision="float32")
-    assert pinned.execution.dtype == "float32"
-    assert set(pinned.step_ms) == {"float32 contiguous eager", "float32 channels_last eager"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory_format"), [("float32", "channels_last"), ("bfloat16", "contiguous")]
+)
+def test_a_pinned_precision_runs_the_same_way_whatever_the_time(batch, precision, memory_format):
+    mixed, last = precision == "bfloat16", memory_format == "channels_last"
+    net = Moody({(mixed, last): 0.05})
+    choice = pick(net, batch, precision=precision)
+    assert choice.execution == Execution(precision, memory_format)
+    assert choice.step_ms == {}
+    assert net.calls == []
 
 
 def test_a_pathological_candidate_is_given_up_within_its_first_step(batch, monkeypatch):

@@ -110,7 +110,9 @@ class TrainStep(Section):
         default=None, gt=0, lt=1, description="decay of the averaged weights that are kept"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: the fastest of those measured on this machine"
+        default="auto",
+        description="auto: the fastest of those measured on this machine; with a pinned one and "
+        "compile: never, two runs of the recipe end with the same bytes",
     )
     compile: Literal["auto", "never"] = Field(
         default="auto", description="auto: torch.compile where it pays for its compile time"
