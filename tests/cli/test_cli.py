@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -217,7 +216,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     from bevel import pipeline
 
     def interrupt(*_: object, **__: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupt)
     result = bevel("run", place.recipe())

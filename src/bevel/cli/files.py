@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bevel.cli import console, networks
+import bevel.cli.console as console
+import bevel.cli.networks as networks
 from bevel.cli.listing import complete_model, completing
 from bevel.cli.runs import Json, Set
 from bevel.core import plugins

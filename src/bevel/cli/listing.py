@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bevel.cli import console
+import bevel.cli.console as console
 from bevel.core import plugins
 from bevel.core.errors import UnknownNameError, suggestion
 

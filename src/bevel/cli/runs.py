@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bevel.cli import console
+import bevel.cli.console as console
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 from bevel.core.files import write_text

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
+import bevel.finetuning.execution as execution
 from bevel.core.errors import ModelError, TrainingError, one_line
 from bevel.core.progress import track
 from bevel.core.recipe import TrainStep
 from bevel.data.metrics import evaluate
-from bevel.finetuning import execution
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper

@@ -19,9 +19,8 @@ from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.graph.record import evaluating
 from bevel.models import build
-from bevel.pipeline.flow import check_names
+from bevel.pipeline.flow import check_names, plan_step
 from bevel.pruning.allocate import Allocator, rank
-from bevel.pruning.planning import plan_pruning
 from bevel.pruning.scoring import score_groups
 
 
@@ -81,7 +80,7 @@ class Explanation(Record):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         first = next((s.prune for s in recipe.steps if s.prune is not None), None)
         analysis = analyze(net, example, ignore=first.ignore if first else ())
-        planned = _planned(net, example, first)
+        planned = _planned(net, example, first, recipe.seed)
         return Explanation(
             model=section.name,
             data=recipe.data.name,
@@ -145,23 +144,13 @@ def _data(recipe: Recipe) -> tuple[Data | None, tuple[int, ...], list[str]]:
     return data, data.input_shape, []
 
 
-def _planned(net: nn.Module, example: Tensor, step: PruneStep | None) -> Cost | None:
+def _planned(net: nn.Module, example: Tensor, step: PruneStep | None, seed: int) -> Cost | None:
     if step is None:
         return None
     allocator: Allocator = plugins.load("allocators", step.allocate)
     if allocator.NEEDS_CALIBRATION:
         return None
-    plan = plan_pruning(
-        net,
-        example,
-        criterion=step.criterion,
-        allocate=step.allocate,
-        ratio=step.ratio,
-        budget=step.budget.limits() if step.budget else None,
-        align=step.align,
-        ignore=step.ignore,
-    )
-    return plan.after
+    return plan_step(net, example, step, None, seed).after
 
 
 def _groups(net: nn.Module, analysis: Analysis, step: PruneStep | None) -> list[GroupLine]:

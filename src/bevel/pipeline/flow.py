@@ -26,7 +26,7 @@ from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pruning.apply import load_pruned, prune, read_metadata, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
-from bevel.pruning.planning import plan_pruning
+from bevel.pruning.planning import LabelledBatches, plan_pruning
 from bevel.pruning.verify import verify_pruning
 from bevel.runtimes import export, load_runtime, open_artifact
 
@@ -153,18 +153,7 @@ class Flow:
 
     def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_pruning(
-            model.net,
-            self.example,
-            criterion=settings.criterion,
-            allocate=settings.allocate,
-            ratio=settings.ratio,
-            budget=settings.budget.limits() if settings.budget else None,
-            align=settings.align,
-            ignore=settings.ignore,
-            calibration=held_out,
-            seed=self.recipe.seed,
-        )
+        plan = plan_step(model.net, self.example, settings, held_out, self.recipe.seed)
         pruned = prune(model.net, plan)
         images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
@@ -247,6 +236,28 @@ class Flow:
             )
             note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
         self.folder.update(measurements=measurements)
+
+
+def plan_step(
+    net: nn.Module,
+    example: Tensor,
+    settings: PruneStep,
+    calibration: LabelledBatches | None,
+    seed: int,
+) -> PruningPlan:
+    """The plan that a prune step asks for."""
+    return plan_pruning(
+        net,
+        example,
+        criterion=settings.criterion,
+        allocate=settings.allocate,
+        ratio=settings.ratio,
+        budget=settings.budget.limits() if settings.budget else None,
+        align=settings.align,
+        ignore=settings.ignore,
+        calibration=calibration,
+        seed=seed,
+    )
 
 
 def check_names(recipe: Recipe) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import bevel.reporting.sections as sections
 from bevel.core.records import RunRecord
-from bevel.reporting import sections
 from bevel.reporting.summary import ordered
 
 Figure = dict[str, Any]

@@ -9,8 +9,8 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+import bevel.reporting.sections as sections
 from bevel.core.records import RunRecord
-from bevel.reporting import sections
 from bevel.reporting.charts import charts
 from bevel.reporting.summary import COLUMNS, table
 

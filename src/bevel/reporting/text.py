@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import yaml
 
+import bevel.reporting.sections as sections
 from bevel.core.records import RunRecord
-from bevel.reporting import sections
 from bevel.reporting.summary import COLUMNS, table
 
 

@@ -177,8 +177,8 @@ class Problem:
     def _unreachable(self, kept: np.ndarray) -> str:
         """Why the limits cannot be met: what is reachable, and the dearest reasons."""
         fractions = self.fractions(kept)
-        asked = ", ".join(f"{name} <= {limit:.0%}" for name, limit in self.limits.items())
-        reach = ", ".join(f"{name} {fractions[name]:.1%}" for name in self.limits)
+        asked = ", ".join(f"{name} <= {100 * limit:.3g}%" for name, limit in self.limits.items())
+        reach = ", ".join(f"{name} {100 * fractions[name]:.3g}%" for name in self.limits)
         touched = self.analysis.macs_touched()
         open_indices = {group.index for group in self.groups}
         stuck = sorted(
