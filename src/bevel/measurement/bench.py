@@ -146,10 +146,11 @@ def _warnings(
         found.append(f"other work kept {busy:.1f} processors busy just before the timing")
     if own.artifact.precision == "int8":
         for other, theirs in zip(subjects, latencies, strict=True):
-            same = (other.label, other.artifact.runtime) == (own.label, own.artifact.runtime)
-            if same and other.artifact.precision == "float32" and theirs.p50_ms < latency.p50_ms:
+            beside = other.artifact.runtime == own.artifact.runtime
+            float32 = other.artifact.precision == "float32"
+            if beside and float32 and theirs.p50_ms < latency.p50_ms:
                 found.append(
-                    f"int8 is slower than float32 here ({latency.p50_ms:.3g} against "
-                    f"{theirs.p50_ms:.3g} ms): ship the float32 file"
+                    f"int8 is slower than {other.label} float32 here ({latency.p50_ms:.3g} "
+                    f"against {theirs.p50_ms:.3g} ms): ship the float32 file"
                 )
     return found
