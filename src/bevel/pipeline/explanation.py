@@ -20,7 +20,7 @@ from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.graph.record import evaluating
 from bevel.models import build
 from bevel.pipeline.flow import check_names, plan_step
-from bevel.pruning.allocate import Allocator, rank
+from bevel.pruning.allocate import PROBES, Allocator, rank
 from bevel.pruning.scoring import score_groups
 
 
@@ -80,6 +80,7 @@ class Explanation(Record):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         first = next((s.prune for s in recipe.steps if s.prune is not None), None)
         analysis = analyze(net, example, ignore=first.ignore if first else ())
+        groups = _groups(net, analysis, first)
         planned = _planned(net, example, first, recipe.seed)
         return Explanation(
             model=section.name,
@@ -87,8 +88,8 @@ class Explanation(Record):
             input_shape=list(shape),
             original=analysis.cost(),
             planned=planned,
-            groups=_groups(net, analysis, first),
-            steps=_Clock(recipe, net, example, data, analysis).lines(),
+            groups=groups,
+            steps=_Clock(recipe, net, example, data, groups).lines(),
             targets=[f"{target}, {target.threads} thread(s)" for target in recipe.targets],
             warnings=warnings,
         )
@@ -189,9 +190,14 @@ class _Clock:
     """Estimates of what each step takes here, from one measured pass and training step."""
 
     def __init__(
-        self, recipe: Recipe, net: nn.Module, example: Tensor, data: Data | None, analysis: Analysis
+        self,
+        recipe: Recipe,
+        net: nn.Module,
+        example: Tensor,
+        data: Data | None,
+        groups: list[GroupLine],
     ) -> None:
-        self.recipe, self.net, self.data, self.analysis = recipe, net, data, analysis
+        self.recipe, self.net, self.data, self.groups = recipe, net, data, groups
         batch = example[:1].expand(min(recipe.data.batch_size, 32), *example.shape[1:]).contiguous()
         self.forward_s = _timed(lambda: self._forward(batch)) / len(batch)
         self.train_s = _timed(lambda: self._backward(batch)) / len(batch)
@@ -239,7 +245,9 @@ class _Clock:
         allocator: Allocator = plugins.load("allocators", settings.allocate)
         passes = 20.0  # recording, proof in float64, validation before and after
         if allocator.NEEDS_CALIBRATION:
-            passes += 2.0 * self.recipe.calibration.images * 6 * len(self.analysis.prunable)
+            widths = [len(g.widths) for g in self.groups if g.reason is None]
+            probes = sum(min(count, PROBES) for count in widths)
+            passes += 2.0 * self.recipe.calibration.images * probes  # statistics, then loss
         validation = self._images("validation") or 0
         return self.forward_s * (passes + 2 * validation)
 

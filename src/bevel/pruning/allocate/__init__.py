@@ -21,6 +21,9 @@ from bevel.graph.couplings import Analysis, ChannelGroup
 LAST_SHARE = 0.1
 """Every group keeps at least this share of its channels."""
 
+PROBES = 8
+"""Allocators that measure do so at no more than this many widths of a group."""
+
 
 @dataclass(frozen=True, eq=False)
 class RankedGroup:

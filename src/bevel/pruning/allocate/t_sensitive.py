@@ -13,11 +13,9 @@ import numpy as np
 
 from bevel.core.errors import PruningError
 from bevel.core.progress import track
-from bevel.pruning.allocate import Problem, RankedGroup
+from bevel.pruning.allocate import PROBES, Problem, RankedGroup
 
 NEEDS_CALIBRATION = True
-PROBES = 8
-"""At most this many widths are measured in each group."""
 
 
 def allocate(problem: Problem) -> np.ndarray:
