@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from exported import OneImage, TwoViews, assert_same, file_outputs, net_outputs
+from torch import nn
 from torchvision.models import mobilenet_v2
 
 import bevel
@@ -163,3 +164,18 @@ def test_mode_of_every_module_is_kept(tmp_path):
     assert net.training
     assert net.features.training
     assert not net.head.training
+
+
+def test_a_network_that_mixes_images_takes_one_at_a_time(tmp_path):
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).view(1, -1)[:, :10]
+
+    net = Mixing().eval()
+    artifact = bevel.export(net, torch.randn(2, 3, 8, 8), path=tmp_path / "mixing.onnx")
+    assert artifact.inputs[0].shape == [1, 3, 8, 8]
+    assert artifact.outputs[0].shape == [1, 10]

@@ -40,7 +40,10 @@ def export_program(
             shapes = tuple({0: Dim.DYNAMIC} for _ in several)
             try:
                 with quiet(), torch.no_grad():
-                    return torch.export.export(net, several, dynamic_shapes=shapes), several, True
+                    program = torch.export.export(net, several, dynamic_shapes=shapes)
+                if _keeps_batch(program):
+                    return program, several, True
+                note("the batch size is fixed at 1: an output does not have one row per image")
             except REFUSALS as error:
                 note(f"the batch size is fixed at 1: {one_line(error, 120)}")
         one = tuple(tensor[:1] for tensor in example_inputs)
@@ -56,6 +59,18 @@ def export_program(
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _keeps_batch(program: ExportedProgram) -> bool:
+    """Whether every output's first dimension is the batch: else images of a batch are mixed."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    signature = program.graph_signature
+    batch = values[signature.user_inputs[0]].shape[0]
+    outputs = [values.get(name) for name in signature.user_outputs]
+    return all(
+        isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == str(batch)
+        for value in outputs
+    )
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:
