@@ -160,3 +160,13 @@ def test_wrong_input_is_one_line_that_says_the_shape():
     ) as info:
         analyze(Plain(), torch.zeros(2, 4, 8, 8))
     assert "\n" not in str(info.value)
+
+
+def test_a_network_that_asserts_its_input_size_is_one_line_too():
+    class Asserting(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] == 8, "expected 8x8"
+            return super().forward(x)
+
+    with pytest.raises(ModelError, match="inputs of shape 2x3x16x16: expected 8x8"):
+        analyze(Asserting(), torch.zeros(2, 3, 16, 16))

@@ -121,6 +121,18 @@ def test_sizes_written_in_forward_are_found_and_protected():
     bevel.verify_pruning(net, bevel.prune(net, plan), plan, EXAMPLE)
 
 
+def test_a_width_that_the_network_asserts_is_protected():
+    class Asserting(Projection):
+        def forward(self, x):
+            assert self.a(self.stem(x)).shape[1] == 24, "a must be 24 wide"
+            return super().forward(x)
+
+    net = randomise(Asserting())
+    plan = plan_for(net, allocate="uniform", budget={"macs": 0.8})
+    assert any(note.startswith("a.0") and "must be 24 wide" in note for note in plan.notes)
+    bevel.verify_pruning(net, bevel.prune(net, plan), plan, EXAMPLE)
+
+
 def test_unreachable_budget_says_what_can_be_reached_and_why():
     with pytest.raises(
         PruningError, match=r"asked for macs <= 1%, but only macs \d+\.\d% can be"

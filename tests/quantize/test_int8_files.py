@@ -58,7 +58,7 @@ def convolutions(net: nn.Module) -> int:
 def test_file_computes_what_its_torch_reference_does(network, tmp_path):
     net, calibration = randomise(network()), [random_images(32, seed=seed) for seed in (1, 2)]
     artifact = int8(net, EXAMPLE, tmp_path, calibration)
-    program, _, _ = export_program(net, (EXAMPLE,))
+    program = export_program(net, (EXAMPLE,))
     reference = quantize(program, FusingQuantizer(u8s8()), calibration)
     x = random_images(64)
     with torch.no_grad():

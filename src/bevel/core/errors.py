@@ -66,6 +66,18 @@ class RunFolderError(BevelError):
     """A run folder that cannot be written, is in use, or belongs to another recipe."""
 
 
+FORWARD_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a network's forward raises for inputs or widths that it cannot take."""
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """The text with its line breaks folded, cut at `limit` characters."""
     folded = " ".join(str(text).split())

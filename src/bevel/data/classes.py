@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bevel.core.errors import DataError, ModelError, one_line
+from bevel.core.errors import FORWARD_FAULTS, DataError, ModelError, one_line
+from bevel.core.modes import evaluating
 from bevel.data.collection import Data
-from bevel.data.metrics import evaluating
-
-FORWARD_FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError)
-"""What networks raise for inputs they cannot take."""
 
 
 def check_classes(net: nn.Module, data: Data) -> None:

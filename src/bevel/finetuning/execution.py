@@ -1,7 +1,7 @@
 """How steps run on this machine: chosen by measuring a few real ones.
 
-Which type and memory format is fastest differs between processors by a factor of twenty and more,
-in both directions, so nothing is assumed: every candidate takes real steps, on copies. A candidate
+Which type and memory format is fastest differs between processors by large factors, in both
+directions, so nothing is assumed: every candidate takes real steps, on copies. A candidate
 is given up within a step as soon as it is several times slower than the best. Compiling is tried
 only where its cost is a small share of what remains to be done.
 """
@@ -46,7 +46,7 @@ PINNED = {
 """How a pinned precision runs: nothing is timed, so two runs take the same steps, bit for bit.
 
 Of float32's formats channels_last was the faster on every processor tried; bfloat16's channels_last
-is a little faster on some and eighty times slower on others.
+is a little faster on some and pathologically slow on others.
 """
 
 Batch = tuple[Tensor, Tensor]

@@ -2,75 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bevel.core.errors import ExportError, one_line
+from bevel.core.errors import FORWARD_FAULTS, ExportError, one_line
+from bevel.core.modes import evaluating
 from bevel.core.progress import note
 from bevel.core.quiet import quiet
-
-REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
-"""What torch.export and the network's own code raise when tracing does not work."""
 
 
 def export_program(
     net: nn.Module, example_inputs: tuple[Tensor, ...], *, dynamic: bool = True
-) -> tuple[ExportedProgram, tuple[Tensor, ...], bool]:
-    """Trace a network.
+) -> ExportedProgram:
+    """Trace a network; its modes are restored.
 
     Args:
-        net: it is traced in eval mode; its mode is restored.
+        net: it is traced in eval mode.
         example_inputs: tensors with the batch first.
-        dynamic: try to leave the batch size open.
-
-    Returns:
-        The program, the inputs it was traced with, and whether its batch size is open. Without an
-        open batch size it takes one image.
+        dynamic: try to leave the batch size open; without that it takes one image.
 
     Raises:
         ExportError: torch.export refuses the network; the reason, shortened.
     """
-    modes = [(module, module.training) for module in net.modules()]
-    if not isinstance(net, torch.fx.GraphModule):  # a traced one has its mode built in
-        net.eval()
-    try:
+    # A traced network has its mode built in, and refuses to be asked for another.
+    traced = isinstance(net, torch.fx.GraphModule)
+    with nullcontext() if traced else evaluating(net), torch.no_grad():
         if dynamic:
             several = tuple(_at_least_two(tensor) for tensor in example_inputs)
-            shapes = tuple({0: Dim.DYNAMIC} for _ in several)
             try:
-                with quiet(), torch.no_grad():
+                with quiet():
+                    shapes = tuple({0: Dim.DYNAMIC} for _ in several)
                     program = torch.export.export(net, several, dynamic_shapes=shapes)
                 if _keeps_batch(program):
-                    return program, several, True
+                    return program
                 note("the batch size is fixed at 1: an output does not have one row per image")
-            except REFUSALS as error:
+            except FORWARD_FAULTS as error:
                 note(f"the batch size is fixed at 1: {one_line(error, 120)}")
-        one = tuple(tensor[:1] for tensor in example_inputs)
         try:
-            with quiet(), torch.no_grad():
-                return torch.export.export(net, one), one, False
-        except REFUSALS as error:
+            with quiet():
+                return torch.export.export(net, tuple(tensor[:1] for tensor in example_inputs))
+        except FORWARD_FAULTS as error:
             raise ExportError(
                 f"torch.export refuses the network: {one_line(error, 200)}. Rewrite what depends "
                 "on tensor values in its forward (if x.sum() > 0, .item(), int(tensor)) by tensor "
                 "operations such as torch.where"
             ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
+
+
+def fixed_batch(program: ExportedProgram) -> int | None:
+    """The only batch size the program takes; None where it takes any."""
+    size = _first_sizes(program, program.graph_signature.user_inputs)[0]
+    return size if isinstance(size, int) else None
 
 
 def _keeps_batch(program: ExportedProgram) -> bool:
     """Whether every output's first dimension is the batch: else images of a batch are mixed."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     signature = program.graph_signature
-    batch = values[signature.user_inputs[0]].shape[0]
-    outputs = [values.get(name) for name in signature.user_outputs]
-    return all(
-        isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == str(batch)
-        for value in outputs
-    )
+    batch = _first_sizes(program, signature.user_inputs)[0]
+    return all(str(size) == str(batch) for size in _first_sizes(program, signature.user_outputs))
+
+
+def _first_sizes(program: ExportedProgram, names: Iterable[Any]) -> list[Any]:
+    """The first dimension of these tensors of the program; None for what has none."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    found = [values.get(name) for name in names]
+    return [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in found]
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

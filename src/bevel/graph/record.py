@@ -7,8 +7,7 @@ network runs to get there, so nothing has to be traced, scripted or exported. Te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bevel.core.errors import ModelError, one_line
+from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
+from bevel.core.modes import evaluating
 
 ExampleInputs = Tensor | Sequence[Any]
 """A tensor, or the positional arguments of the network's forward."""
@@ -85,18 +85,6 @@ def tensor_names(net: nn.Module) -> dict[int, str]:
     return names
 
 
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode is restored after it."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 class _Recorder(TorchDispatchMode):
     """Turns the operators of a pass into `Call`s."""
 
@@ -156,7 +144,7 @@ def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
     try:
         with evaluating(net), torch.no_grad(), recorder:
             result = net(*as_arguments(example_inputs))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except FORWARD_FAULTS as error:
         place = recorder.recording.calls[-1].module if recorder.recording.calls else ""
         raise ModelError(
             f"the network cannot be run on inputs of shape {_shapes(example_inputs)}: "

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bevel.core.errors import MeasurementError
+from bevel.core.modes import evaluating
 from bevel.core.progress import track
 from bevel.core.records import Accuracy, Artifact, Parity
-from bevel.graph.record import evaluating
 from bevel.runtimes import Session, load_runtime
 
 

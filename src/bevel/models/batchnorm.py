@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bevel.core.errors import TrainingError
+from bevel.core.modes import evaluating
 from bevel.core.progress import track
 
 
@@ -40,24 +41,21 @@ def recalibrate(
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and _estimated(m)]
     if not norms:
         return 0
-    modes = [(module, module.training) for module in net.modules()]
     momenta = [norm.momentum for norm in norms]
     device = next(norm.running_mean.device for norm in norms if norm.running_mean is not None)
     seen = 0
     try:
-        net.eval()
-        for batch in track(batches, label, _length(batches)):
-            if not seen:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # torch's cumulative average
-                    norm.train()
-            images = batch if isinstance(batch, torch.Tensor) else batch[0]
-            net(images.to(device))
-            seen += 1
+        with evaluating(net):
+            for batch in track(batches, label, _length(batches)):
+                if not seen:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # torch's cumulative average
+                        norm.train()
+                images = batch if isinstance(batch, torch.Tensor) else batch[0]
+                net(images.to(device))
+                seen += 1
     finally:
-        for module, training in modes:
-            module.training = training
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     if not seen:

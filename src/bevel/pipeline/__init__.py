@@ -11,7 +11,7 @@ from bevel.core.records import RunRecord
 from bevel.pipeline.explanation import Explanation
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder, now
-from bevel.reporting import report
+from bevel.reporting import write
 
 __all__ = ["Explanation", "explain", "run"]
 
@@ -37,8 +37,9 @@ def run(
     with RunFolder(path, recipe) as folder:
         if folder.record.finished is None:
             Flow(recipe, folder).execute()
-            folder.update(finished=now())
-        report(folder.path)
+            finished = now()
+            write(folder.record.model_copy(update={"finished": finished}), folder.path)
+            folder.update(finished=finished)  # last: a finished run has its report
         return folder.record
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from bevel.core import plugins
 from bevel.core.errors import DataError
+from bevel.core.modes import evaluating
 from bevel.core.recipe import PruneStep, Recipe, TrainStep
 from bevel.core.records import Cost, Record
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
-from bevel.graph.record import evaluating
 from bevel.models import build
 from bevel.pipeline.flow import check_names, plan_step
 from bevel.pruning.allocate import PROBES, Allocator, rank

@@ -62,10 +62,7 @@ class Flow:
             if not pruned:
                 original = model
         self._save(model, self.folder.path / "compressed.safetensors")
-        self.folder.update(
-            original=analyze(original.net, self.example).cost(),
-            compressed=analyze(model.net, self.example).cost(),
-        )
+        self.folder.update(original=model.plan.before, compressed=model.plan.after)
         networks = {"original": original.net, "compressed": model.net}
         self._measure(self._export(networks), networks)
 

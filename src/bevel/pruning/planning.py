@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bevel.core import plugins
-from bevel.core.errors import PruningError, one_line
+from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs, as_arguments
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank
@@ -128,7 +128,7 @@ def _faults(net: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) ->
     """
     try:
         differences = compare(mask(net, plan), prune(net, plan), [as_arguments(example_inputs)])
-    except (RuntimeError, ValueError, IndexError) as error:
+    except FORWARD_FAULTS as error:
         problem = one_line(error)
     else:
         if max(differences, default=0.0) <= TOLERANCE:

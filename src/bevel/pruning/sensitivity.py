@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bevel.core.modes import evaluating
 from bevel.graph.couplings import Analysis
-from bevel.graph.record import evaluating
 from bevel.models.batchnorm import recalibrate
 from bevel.pruning.allocate import RankedGroup
 from bevel.pruning.apply import prune

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bevel.core.errors import ProofError, one_line
+from bevel.core.errors import FORWARD_FAULTS, ProofError, one_line
+from bevel.core.modes import evaluating
 from bevel.core.records import Record
 from bevel.graph.couplings import analyze
-from bevel.graph.record import ExampleInputs, as_arguments, evaluating
+from bevel.graph.record import ExampleInputs, as_arguments
 from bevel.pruning.allocate import rank
 from bevel.pruning.apply import mask, prune
 from bevel.pruning.plan import PruningPlan, make_plan
@@ -64,7 +65,7 @@ def verify_pruning(
     inputs += [(batch,) for batch in images]
     try:
         differences = compare(mask(net, plan), pruned, inputs)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except FORWARD_FAULTS as error:
         raise ProofError(
             f"the pruned network does not run: {one_line(error)}; {_culprits(net, plan, inputs)}"
         ) from error
@@ -110,7 +111,7 @@ def faulty_groups(
         plan = make_plan(analysis, {index: ranked.keep_mask(int(ranked.levels[1]))})
         try:
             differences = compare(mask(net, plan), prune(net, plan), inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except FORWARD_FAULTS as error:
             faults[group.name] = one_line(error, 160)
             continue
         if max(differences, default=0.0) > TOLERANCE:

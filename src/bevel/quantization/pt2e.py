@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from bevel.core.errors import ExportError, one_line
+from bevel.core.errors import FORWARD_FAULTS, ExportError, one_line
 from bevel.core.progress import track
 from bevel.core.quiet import quiet
+from bevel.graph.program import fixed_batch
 
 
 def quantize(program: ExportedProgram, quantizer: Any, calibration: Iterable[Any]) -> GraphModule:
@@ -30,18 +31,10 @@ def quantize(program: ExportedProgram, quantizer: Any, calibration: Iterable[Any
 
         prepared = prepare_pt2e(program.module(), quantizer)
     count = len(program.graph_signature.user_inputs)
-    _calibrate(prepared, calibration, count, _fixed_batch(program))
+    _calibrate(prepared, calibration, count, fixed_batch(program))
     with quiet():
         converted: GraphModule = convert_pt2e(prepared)
     return converted
-
-
-def _fixed_batch(program: ExportedProgram) -> int | None:
-    """The only batch size the program takes; None where it takes any."""
-    first = program.graph_signature.user_inputs[0]
-    node = next(node for node in program.graph.nodes if node.name == first)
-    size = node.meta["val"].shape[0]
-    return size if isinstance(size, int) else None
 
 
 def inputs_of(batch: Any, count: int) -> tuple[Tensor, ...]:
@@ -75,7 +68,7 @@ def _calibrate(
             for inputs in _chunks(inputs_of(batch, count), static_batch):
                 try:
                     prepared(*inputs)
-                except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                except FORWARD_FAULTS as error:
                     shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
                     raise ExportError(
                         f"the network does not run on a calibration batch of shape {shapes}: "

@@ -48,10 +48,10 @@ def export(
     path: Path,
 ) -> str | None:
     """Write an ONNX file; see `bevel.export`."""
-    from bevel.graph.program import export_program
+    from bevel.graph.program import export_program, fixed_batch
     from bevel.runtimes._onnx_file import write_onnx
 
-    program, inputs, dynamic = export_program(net, example_inputs)
+    program = export_program(net, example_inputs)
     if precision == "float32":
         write_onnx(program, path)
         return None
@@ -61,7 +61,7 @@ def export(
         from bevel.quantization.ranges import u8s8
 
     converted = quantize(program, FusingQuantizer(u8s8()), calibration or ())
-    program, _, _ = export_program(converted, inputs, dynamic=dynamic)
+    program = export_program(converted, example_inputs, dynamic=fixed_batch(program) is None)
     write_onnx(program, path)
     return "torchao PT2E: uint8 activations per tensor (min-max), int8 weights per channel"
 
