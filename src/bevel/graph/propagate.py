@@ -1,13 +1,9 @@
-"""Index ids that travel with the tensors of a recorded pass.
+"""One walk through a recorded pass, with index ids that travel with the tensors.
 
-Every index along every parameter axis that can be removed has an id. A *layer* of a tensor is an
-integer tensor of the same shape that says, for each element, which id it belongs to (0: none, it
-can never go). Constant dimensions have stride 0, so a layer costs no memory and data movement
-(view, permute, slice, ...) is the very same operator applied to the layer. A tensor has several
-layers where its elements belong to several ids at once, as a weight's do: one per axis.
-
-Operators meet here: their handlers in `graph.ops` say which ids must go together (`unify`), which
-can never go (`freeze`), which must keep equal counts (`Blocks`) and what they cost (`CostTerm`).
+Operators meet here: their handlers in `graph.ops` say which ids are one and the same (`unify`),
+which must go together though they lie at different places (`tie`), which can never go (`freeze`),
+which must keep equal counts (`Blocks`), where masking is not exact (`inexact`) and what a call
+costs (`CostTerm`).
 """
 
 from __future__ import annotations
@@ -19,71 +15,66 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bevel.graph.layers import FIXED, Layer, along, compact
 from bevel.graph.record import Call, Recording, Value
 
 Handler = Callable[["Propagation", Call], None]
 
 
-FIXED = torch.zeros(1, dtype=torch.long)
-"""The id of everything that can never be removed."""
-
-
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Ids of shape (blocks, n): every block must keep the same number."""
+    """Ids of shape (blocks, n): every block must keep the same number.
+
+    `whole` says whether a block may also go entirely, as an attention head can.
+    """
 
     ids: np.ndarray
     where: str
+    whole: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """Runs of ids that can go as a whole: node `nodes[i]` holds the ids `leaves[i]`."""
+
+    nodes: np.ndarray
+    leaves: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Something said of ids. `level` is True where it does not concern the nodes above them."""
+
+    ids: np.ndarray
+    reason: str
+    level: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """A length as the number of ids that stay; `level` ignores the nodes that hold them."""
+
+    ids: np.ndarray
+    level: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class CostTerm:
-    """Multiply-accumulates of one call: `factor` times the kept length of each id array."""
+    """Multiply-accumulates of one call: `factor` times the kept length of each extent."""
 
     module: str
     factor: float
-    lengths: tuple[np.ndarray, ...]
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class SizeSite:
-    """A module attribute that holds the number of kept ids, such as an amount of padding."""
+    """A module attribute whose value is a length, or several multiplied, times `factor`."""
 
     module: str
     attribute: str
-    ids: np.ndarray
-
-
-def varying(layer: Tensor) -> tuple[int, ...]:
-    """The dimensions along which a layer is not constant."""
-    return tuple(
-        d for d, (n, s) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if n > 1 and s
-    )
-
-
-def compact(layer: Tensor) -> Tensor:
-    """The layer with its constant dimensions cut to length 1."""
-    keep = varying(layer)
-    for dim, size in enumerate(layer.shape):
-        if dim not in keep and size > 1:
-            layer = layer.narrow(dim, 0, 1)
-    return layer
-
-
-def along(ids: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
-    """A layer of that shape whose ids vary along one dimension only."""
-    view = [1] * len(shape)
-    view[dim] = ids.numel()
-    return ids.reshape(view).expand(tuple(shape))
-
-
-def settle(layer: Tensor) -> Tensor | None:
-    """Give constant dimensions stride 0 again after a copy; None if no element has an id."""
-    for dim in varying(layer):
-        first = layer.narrow(dim, 0, 1)
-        if bool((compact(layer) == compact(first)).all()):
-            layer = first.expand(layer.shape)
-    return layer if bool(compact(layer).any()) else None
+    extents: tuple[Extent, ...]
+    factor: int = 1
 
 
 class Propagation:
@@ -93,14 +84,20 @@ class Propagation:
         self.recording = recording
         self.modules = dict(net.named_modules())
         self.parameters = dict(net.named_parameters()) | dict(net.named_buffers())
-        self.layers: dict[int, list[Tensor]] = {}
+        self.layers: dict[int, list[Layer]] = {}
         self.axes: dict[str, list[np.ndarray | None]] = {}
         """Parameter name -> ids per dimension, of shape (size,) or (blocks, size)."""
         self.unions: list[tuple[np.ndarray, np.ndarray]] = []
-        self.frozen: list[tuple[np.ndarray, str]] = []
+        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.frozen: list[Mark] = []
+        self.inexact: list[Mark] = []
         self.blocks: list[Blocks] = []
+        self.nodes: dict[bytes, Nodes] = {}
         self.costs: list[CostTerm] = []
         self.sizes: list[SizeSite] = []
+        self.expected: dict[int, list[tuple[int, Extent]]] = {}
+        """Index of a call -> integers among its arguments that must follow these lengths."""
+        self.position = 0
         self.count = 1  # id 0 means: belongs to nothing that can be removed
 
     # -- ids ------------------------------------------------------------------------------
@@ -111,28 +108,52 @@ class Propagation:
         return torch.arange(self.count - n, self.count)
 
     def unify(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Each pair of ids goes together; an id that meets 0 is frozen for that reason."""
-        left, right = torch.broadcast_tensors(a, b)
-        pair = np.stack([left.reshape(-1).numpy(), right.reshape(-1).numpy()])
-        pair = pair[:, pair[0] != pair[1]]
-        if not pair.size:
-            return
-        both = (pair != 0).all(axis=0)
-        if both.any():
-            self.unions.append((pair[0, both], pair[1, both]))
-        if not both.all():
-            self.frozen.append((pair[:, ~both].max(axis=0), reason))
+        """Each pair of ids is one and the same index; an id that meets 0 is frozen."""
+        self._join(self.unions, a, b, reason)
 
-    def freeze(self, ids: Tensor, reason: str) -> None:
-        """These ids can never go."""
-        flat = np.unique(compact(ids).reshape(-1).numpy())
+    def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Each pair of ids goes together, though they are different places of an axis."""
+        self._join(self.ties, a, b, reason)
+
+    def _join(
+        self, pairs: list[tuple[np.ndarray, np.ndarray]], a: Tensor, b: Tensor, reason: str
+    ) -> None:
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+        differ = left != right
+        if not differ.any():
+            return
+        left, right = left[differ], right[differ]
+        both = (left != 0) & (right != 0)
+        if both.all():
+            pairs.append((left, right))
+            return
+        if both.any():
+            pairs.append((left[both], right[both]))
+        self.frozen.append(Mark(np.maximum(left, right)[~both], reason))
+
+    def freeze(self, ids: Tensor, reason: str, *, level: bool = False) -> None:
+        """These ids can never go, nor, unless `level`, the nodes that hold them."""
+        self._mark(self.frozen, ids, reason, level)
+
+    def _mark(self, marks: list[Mark], ids: Tensor, reason: str, level: bool) -> None:
+        flat = np.unique(ids.reshape(-1).numpy())
         flat = flat[flat != 0]
         if flat.size:
-            self.frozen.append((flat, reason))
+            marks.append(Mark(flat, reason, level))
+
+    def freeze_layer(self, layer: Layer, reason: str) -> None:
+        """The layer's dimension cannot shrink."""
+        self.freeze(layer.compact(), reason, level=not layer.flat)
+
+    def mark_inexact(self, layer: Layer, reason: str) -> None:
+        """Removing these ids is not the same as setting them to zero."""
+        self._mark(self.inexact, layer.compact(), reason, not layer.flat)
 
     # -- layers ---------------------------------------------------------------------------
 
-    def of(self, value: Value) -> list[Tensor]:
+    def of(self, value: Value) -> list[Layer]:
         """The layers of a tensor; a parameter has one for each of its axes."""
         self._label(value, range(len(value.shape)))
         return self.layers.get(value.index, [])
@@ -142,47 +163,102 @@ class Propagation:
         if value.name is None:
             return
         axes = self.axes.setdefault(value.name, [None] * len(value.shape))
-        layers = self.layers.setdefault(value.index, [])
         for dim in dims:
             known = axes[dim]
             if known is not None and known.ndim == 2:
                 self.freeze(torch.from_numpy(known), f"{value.name} is used in two ways")
             elif known is None and value.shape[dim] > 1:
-                ids = self.fresh(value.shape[dim])
-                axes[dim] = ids.numpy()
-                layers.append(along(ids, dim, value.shape))
+                self._adopt(value, dim, self.fresh(value.shape[dim]))
 
-    def set(self, value: Value, layers: Sequence[Tensor]) -> None:
-        """Give a tensor its layers. A layer that is one id everywhere stands for an index that
-        the network uses by its position: it can never go."""
+    def _adopt(self, value: Value, dim: int, ids: Tensor) -> None:
+        """Label one axis of a parameter with these ids."""
+        self.axes[value.name or ""][dim] = ids.numpy()
+        self.layers.setdefault(value.index, []).append(along(ids, dim, value.shape))
+
+    def set(self, value: Value, layers: Sequence[Layer]) -> None:
+        """Give a tensor its layers.
+
+        A layer that does not vary along its own dimension stands for an index that the network
+        uses by its position: it can never go.
+        """
+        kept = []
         for layer in layers:
-            if not varying(layer):
-                self.freeze(layer, f"used by its position, at shape {value.shape}")
-        self.layers[value.index] = [layer for layer in layers if varying(layer)]
+            if layer.dim in layer.dims:
+                kept.append(layer)
+            elif value.shape[layer.dim] == 1 or not layer.dims:
+                self.freeze_layer(layer, f"used by its position, at shape {value.shape}")
+        self.layers[value.index] = kept
+
+    def on(self, value: Value, dim: int) -> list[Layer]:
+        """The layers whose dimension is this one; only that axis of a parameter gets ids."""
+        self._label(value, (dim,))
+        return [layer for layer in self.layers.get(value.index, []) if layer.dim == dim]
 
     def ids_along(self, value: Value, dim: int, reason: str) -> Tensor | None:
         """Ids of shape (size,) along one dimension, None where that dimension cannot shrink.
 
-        A layer that varies along this dimension and others has no such form and is frozen.
+        A layer that varies over other dimensions too is tied over them: the same indices go
+        everywhere.
         """
         self._label(value, (dim,))
-        found: Tensor | None = None
-        for layer in self.layers.get(value.index, []):
-            dims = varying(layer)
-            if dims == (dim,):
-                ids = compact(layer).reshape(-1)
-                if found is not None:
-                    self.unify(found, ids, reason)
-                found = ids
-            elif dim in dims:
-                self.freeze(layer, reason)
-        return found
+        return self._vector(self.layers.get(value.index, []), dim, reason)
 
-    def freeze_along(self, value: Value, dim: int, reason: str) -> None:
-        """Freeze the ids that vary along a dimension; a parameter's unused axes get none."""
+    def _vector(self, layers: Iterable[Layer], dim: int, reason: str) -> Tensor | None:
+        found: Layer | None = None
+        for layer in list(layers):
+            if dim not in layer.dims:
+                continue
+            if layer.dim != dim:
+                self.uniform(layer, dim, reason)
+                continue
+            single = self.only(layer, (dim,), reason)
+            if found is None:
+                found = single
+            elif found.virtual or single.virtual:
+                self.freeze_layer(found if found.virtual else single, reason)
+                found = single if found.virtual else found
+            else:
+                self.freeze_layer(found, reason)
+                self.freeze_layer(single, reason)
+        return None if found is None else found.vector()
+
+    def only(self, layer: Layer, dims: Sequence[int], reason: str) -> Layer:
+        """The layer varying over these dimensions only; it is tied over the others."""
+        extra = [dim for dim in layer.dims if dim not in dims]
+        for dim in extra:
+            layer = self.uniform(layer, dim, reason)
+        return layer
+
+    def uniform(self, layer: Layer, dim: int, reason: str) -> Layer:
+        """Make the same ids go at every position of a dimension that is not the layer's own."""
+        if layer.dim == dim:
+            raise ValueError(f"dimension {dim} is the layer's own")
+        if dim not in layer.dims:
+            return layer
+        first = layer.ids.narrow(dim, 0, 1)
+        self.tie(layer.compact(), compact(first, layer.dims), reason)
+        return layer.moved(first.expand(layer.ids.shape), layer.dim)
+
+    def adopt(self, value: Value, dim: int, ids: Tensor | None, reason: str) -> Tensor | None:
+        """Make a parameter's axis have these ids (None: it cannot shrink); returns its ids."""
+        axes = self.axes.get(value.name, None) if value.name is not None else None
+        free = value.name is not None and (axes is None or axes[dim] is None)
+        if free and ids is not None and value.shape[dim] > 1:
+            self.axes.setdefault(value.name or "", [None] * len(value.shape))
+            self._adopt(value, dim, ids)
+            return ids
+        own = self.ids_along(value, dim, reason)
+        if own is not None:
+            self.unify(FIXED if ids is None else ids, own, reason)
+        elif ids is not None and value.shape[dim] > 1:
+            self.freeze(ids, reason)
+        return own
+
+    def freeze_dim(self, value: Value, dim: int, reason: str) -> None:
+        """A dimension cannot shrink; a parameter's unused axes get no ids."""
         for layer in self.layers.get(value.index, []):
-            if dim in varying(layer):
-                self.freeze(layer, reason)
+            if layer.dim == dim:
+                self.freeze_layer(layer, reason)
 
     def set_grouped_axis(self, weight: Value, ids: np.ndarray | None) -> bool:
         """Give a grouped weight's input axis ids of shape (groups, n).
@@ -198,12 +274,49 @@ class Propagation:
     def freeze_value(self, value: Value, reason: str) -> None:
         """Freeze every id of a tensor."""
         for layer in self.of(value):
-            self.freeze(layer, reason)
+            self.freeze_layer(layer, reason)
 
-    def cost(self, call: Call, factor: float, *lengths: Tensor | None) -> None:
-        """This call costs `factor` times the product of these lengths."""
-        arrays = tuple(ids.numpy() for ids in lengths if ids is not None)
-        self.costs.append(CostTerm(call.module, factor, arrays))
+    # -- lengths --------------------------------------------------------------------------
+
+    def extents(self, layers: Iterable[Layer], dim: int) -> tuple[Extent, ...]:
+        """The length of a dimension as numbers of ids that stay; empty if it cannot shrink."""
+        found = []
+        for layer in layers:
+            if layer.dim == dim:
+                row = layer.compact()
+                for other in layer.dims:
+                    if other != dim:
+                        row = row.narrow(other, 0, 1)
+                found.append(Extent(row.reshape(-1).numpy(), level=not layer.flat))
+        return tuple(found)
+
+    def cost(self, call: Call, macs: float, *lengths: Tensor | tuple[Extent, ...] | None) -> None:
+        """This call costs `macs`, in proportion to each of these lengths."""
+        extents: list[Extent] = []
+        for length in lengths:
+            if isinstance(length, Tensor):
+                extents.append(Extent(length.numpy()))
+            elif length:
+                extents.append(length[0])
+        for extent in extents:
+            macs /= extent.ids.size
+        self.costs.append(CostTerm(call.module, macs, tuple(extents)))
+
+    def expect(self, value: int, ids: Tensor) -> None:
+        """The current call has this integer among its arguments, and it must follow the ids."""
+        self.expected.setdefault(self.position, []).append((value, Extent(ids.numpy())))
+
+    # -- nodes ----------------------------------------------------------------------------
+
+    def node_ids(self, leaves: Tensor, nodes: int) -> Tensor:
+        """Ids for runs of leaves: (nodes, ...) leaves -> (nodes,) ids, the same each time."""
+        array = np.ascontiguousarray(leaves.reshape(nodes, -1).numpy())
+        key = nodes.to_bytes(8, "little") + array.tobytes()
+        known = self.nodes.get(key)
+        if known is None:
+            known = Nodes(self.fresh(nodes).numpy(), array)
+            self.nodes[key] = known
+        return torch.from_numpy(known.nodes)
 
 
 def propagate(
@@ -211,8 +324,10 @@ def propagate(
 ) -> Propagation:
     """Walk through the recording once; `handlers` gives the handler of each call."""
     state = Propagation(net, recording)
-    for call in recording.calls:
+    for position, call in enumerate(recording.calls):
+        state.position = position
         handlers(call)(state, call)
     for output in recording.outputs:
         state.freeze_value(output, "network output")
     return state
+

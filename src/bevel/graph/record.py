@@ -1,13 +1,16 @@
-"""Record one ordinary forward pass, operator by operator.
+"""Record one ordinary forward pass: primitive operators, and the torch functions around them.
 
 A `TorchDispatchMode` sees every primitive operator with concrete shapes, whatever Python the
-network runs to get there, so nothing has to be traced, scripted or exported. Tensors become
-`Value`s; a `Value` that is a parameter or buffer knows its name.
+network runs to get there, so nothing has to be traced, scripted or exported. A
+`TorchFunctionMode` sees the functions that the network's own code calls; the pass can be
+rehearsed function by function with other sizes (`graph.rehearse`). Tensors become `Value`s; a
+`Value` that is a parameter or buffer knows its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,17 +28,25 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
 
-ExampleInputs = Tensor | Sequence[Any]
-"""A tensor, or the positional arguments of the network's forward."""
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A tensor, the positional arguments of the network's forward, or its keyword arguments."""
+
+LARGEST_INDEX = 1 << 20
+"""Integer tensors up to this many elements are kept, because they may be indices."""
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor seen during the pass. `name` is set for parameters and buffers."""
+    """A tensor seen during the pass. `name` is set for parameters and buffers.
+
+    `data` is the tensor itself where it may serve as an index: small, of integers or booleans.
+    """
 
     index: int
     shape: tuple[int, ...]
     name: str | None = None
+    data: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +69,71 @@ class Call:
         """For messages: operator and module."""
         return f"{self.name.removeprefix('aten.')} in {self.module or 'the network itself'}"
 
+    @property
+    def output(self) -> Value:
+        """The first output, of operators whose first output is a tensor."""
+        first = self.outputs[0]
+        if not isinstance(first, Value):
+            raise TypeError(f"{self.name} gave {type(first).__name__}, expected a tensor")
+        return first
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or keyword, as the operator's schema has it."""
+        if position < len(self.arguments):
+            return self.arguments[position]
+        return self.keywords.get(name, default)
+
     def inputs(self) -> list[Value]:
         """All tensors among the arguments, in order."""
         leaves = tree_leaves((self.arguments, dict(self.keywords)))
         return [leaf for leaf in leaves if isinstance(leaf, Value)]
 
 
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A torch function that the network's own code called, and the operators it led to."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    result: Any
+    """What it returned, tensors replaced by `Value`s."""
+    calls: slice
+    module: str
+
+
 @dataclass
 class Recording:
-    """A forward pass: its calls in order, and the values that leave the network."""
+    """A forward pass: its calls and frames in order, and the values that leave the network."""
 
     calls: list[Call] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[Any, ...]:
-    """The positional arguments that `example_inputs` stands for."""
+    """The positional arguments that `example_inputs` stands for; none for a mapping."""
+    if isinstance(example_inputs, Mapping):
+        return ()
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
+def as_keywords(example_inputs: ExampleInputs) -> dict[str, Any]:
+    """The keyword arguments that `example_inputs` stands for."""
+    return dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+
+
+def run(net: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call the network on its example inputs."""
+    return net(*as_arguments(example_inputs), **as_keywords(example_inputs))
+
+
+def map_inputs(example_inputs: ExampleInputs, change: Callable[[Any], Any]) -> ExampleInputs:
+    """The example inputs with every leaf replaced."""
+    if isinstance(example_inputs, Tensor):
+        return change(example_inputs)  # type: ignore[no-any-return]
+    if isinstance(example_inputs, Mapping):
+        return {key: tree_map(change, value) for key, value in example_inputs.items()}
+    return tuple(tree_map(change, value) for value in example_inputs)
 
 
 def tensor_names(net: nn.Module) -> dict[int, str]:
@@ -85,29 +145,80 @@ def tensor_names(net: nn.Module) -> dict[int, str]:
     return names
 
 
-class _Recorder(TorchDispatchMode):
-    """Turns the operators of a pass into `Call`s."""
+READS_DATA = frozenset(
+    {
+        Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.equal, Tensor.allclose,
+        Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+        Tensor.__contains__, Tensor.is_nonzero, torch.equal, torch.allclose, torch.is_nonzero,
+        torch.is_same_size,
+    }
+)  # fmt: skip
+"""Functions whose Python result depends on a tensor's elements."""
+
+
+class ModuleStack:
+    """The modules whose forward is running, innermost last, by name."""
 
     def __init__(self, net: nn.Module) -> None:
+        self.names = {id(module): name for name, module in net.named_modules()}
+        self.stack: list[str] = []
+
+    @property
+    def top(self) -> str:
+        """The innermost module, '' for the network itself."""
+        return self.stack[-1] if self.stack else ""
+
+    @contextmanager
+    def following(self) -> Any:
+        """Follow every module's forward inside this context."""
+        before = register_module_forward_pre_hook(self._enter)
+        after = register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield self
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: nn.Module, _inputs: Any) -> None:
+        self.stack.append(self.names.get(id(module), self.top))
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self.stack.pop()
+
+
+class _Operators(TorchDispatchMode):
+    """Turns the operators of a pass into `Call`s."""
+
+    def __init__(self, net: nn.Module, modules: ModuleStack) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.recording = Recording()
         self.names = tensor_names(net)
-        self.modules = {id(module): name for name, module in net.named_modules()}
-        self.stack: list[str] = []
+        self.modules = modules
         # Weak keys: an activation may be freed during the pass, and its address used again.
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
 
     def value(self, leaf: Any) -> Any:
-        """The `Value` of a tensor; anything else unchanged."""
-        if not isinstance(leaf, Tensor):
+        """The `Value` of a tensor; containers leaf by leaf, anything else unchanged."""
+        if isinstance(leaf, Tensor):
+            known = self.values.get(leaf)
+            if known is None or known.shape != leaf.shape:  # some operators reshape in place
+                known = self._new(leaf)
+            return known
+        if type(leaf) in (list, tuple):
+            return type(leaf)(self.value(item) for item in leaf)
+        if isinstance(leaf, str | int | float | bool | None):
             return leaf
-        known = self.values.get(leaf)
-        if known is None:
-            known = Value(self.count, tuple(leaf.shape), self.names.get(id(leaf)))
-            self.count += 1
-            self.values[leaf] = known
-        return known
+        return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)
+
+    def _new(self, tensor: Tensor) -> Value:
+        index = not tensor.is_floating_point() and tensor.numel() <= LARGEST_INDEX
+        data = tensor.detach() if index and not tensor.is_complex() else None
+        name = self.names.get(id(tensor))
+        value = Value(self.count, tuple(tensor.shape), name, data, tensor.dtype)
+        self.count += 1
+        self.values[tensor] = value
+        return value
 
     def __torch_dispatch__(
         self,
@@ -117,19 +228,55 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        arguments, keywords = tree_map(self.value, (args, kwargs))
+        arguments = tuple(self.value(argument) for argument in args)
+        keywords = {key: self.value(item) for key, item in kwargs.items()}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        module = self.stack[-1] if self.stack else ""
-        recorded = tuple(tree_map(self.value, tuple(outputs)))
-        self.recording.calls.append(Call(func, tuple(arguments), keywords, recorded, module))
+        recorded = tuple(self.value(output) for output in outputs)
+        self.recording.calls.append(Call(func, arguments, keywords, recorded, self.modules.top))
         return result
 
-    def enter(self, module: nn.Module, _inputs: Any) -> None:
-        self.stack.append(self.modules.get(id(module), ""))
 
-    def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self.stack.pop()
+class _Functions(TorchFunctionMode):
+    """Turns the functions that the network's code calls into `Frame`s."""
+
+    def __init__(self, operators: _Operators) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        recording = self.operators.recording
+        start = len(recording.calls)
+        result = func(*args, **(kwargs or {}))
+        if is_frame(func, result):
+            value = self.operators.value
+            calls = slice(start, len(recording.calls))
+            arguments = (*value(args), *value(tuple((kwargs or {}).values())))
+            frame = Frame(func, arguments, value(result), calls, self.operators.modules.top)
+            recording.frames.append(frame)
+        return result
+
+
+def is_frame(function: Any, result: Any) -> bool:
+    """Whether a function's result has to be replayed: tensors, or numbers read from tensors."""
+    if isinstance(result, Tensor) or function in READS_DATA:
+        return True
+    if result is None or isinstance(result, str | int | float | torch.Size):
+        return False
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+
+
+@contextmanager
+def decomposed() -> Any:
+    """Run attention layers as ordinary operators, not as one fused kernel per layer."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
@@ -138,26 +285,41 @@ def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
     Raises:
         ModelError: the network cannot be called with these inputs.
     """
-    recorder = _Recorder(net)
-    before = register_module_forward_pre_hook(recorder.enter)
-    after = register_module_forward_hook(recorder.leave, always_call=True)
+    modules = ModuleStack(net)
+    operators = _Operators(net, modules)
+    recording = operators.recording
     try:
-        with evaluating(net), torch.no_grad(), recorder:
-            result = net(*as_arguments(example_inputs))
+        with (
+            evaluating(net),
+            torch.no_grad(),
+            decomposed(),
+            modules.following(),
+            operators,
+            _Functions(operators),
+        ):
+            result = run(net, example_inputs)
     except FORWARD_FAULTS as error:
-        place = recorder.recording.calls[-1].module if recorder.recording.calls else ""
+        place = recording.calls[-1].module if recording.calls else ""
         raise ModelError(
             f"the network cannot be run on inputs of shape {_shapes(example_inputs)}: "
             f"{one_line(error)} (after {place or 'the first operator'}); check the input shape"
         ) from error
-    finally:
-        before.remove()
-        after.remove()
     leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    recorder.recording.outputs = [recorder.value(leaf) for leaf in leaves]
-    return recorder.recording
+    recording.outputs = [operators.value(leaf) for leaf in leaves]
+    return recording
+
+
+def batch_size(example_inputs: ExampleInputs) -> int:
+    """The first dimension of the first tensor with more than one; a list of images counts."""
+    values = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else None
+    first = (values or as_arguments(example_inputs) or (None,))[0]
+    if isinstance(first, list | tuple):
+        return max(len(first), 1)
+    shape = getattr(first, "shape", (1,))
+    return int(shape[0]) if len(shape) else 1
 
 
 def _shapes(example_inputs: ExampleInputs) -> str:
-    tensors = [a for a in tree_leaves(as_arguments(example_inputs)) if isinstance(a, Tensor)]
+    arguments = (as_arguments(example_inputs), as_keywords(example_inputs))
+    tensors = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
     return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors) or "nothing"

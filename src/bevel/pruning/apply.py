@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bevel.core.errors import CheckpointError, PruningError, one_line
 from bevel.core.files import atomic
+from bevel.graph.attributes import get_integer, resize, set_integer
+from bevel.graph.copying import copy_with, like
 from bevel.pruning.plan import PruningPlan, TensorCut, indices
 
 
@@ -31,36 +31,26 @@ def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
         PruningError: the plan does not fit the network (unknown tensor, other shape, index out of
             range).
     """
-    pruned = copy.deepcopy(net)
-    _check(pruned, plan)
-    _slice_parameters(pruned, plan)
+    _check(net, plan)
+    pruned = copy_with(net, _sliced(net, plan))
     for name, module in pruned.named_modules():
-        resize(module)
         for attribute, value in plan.attributes.get(name, {}).items():
-            setattr(module, attribute, value)
+            set_integer(module, attribute, value)
+        resize(module)
     return pruned
 
 
-def _slice_parameters(net: nn.Module, plan: PruningPlan) -> None:
-    """Replace every tensor that the plan cuts; a shared one stays shared."""
-    done: dict[int, nn.Parameter | Tensor] = {}
+def _sliced(net: nn.Module, plan: PruningPlan) -> dict[int, Tensor]:
+    """`id(tensor)` -> what stays of it; a shared tensor is cut once, under any of its names."""
     tensors = [
         *net.named_parameters(remove_duplicate=False),
         *net.named_buffers(remove_duplicate=False),
     ]
-    cuts = {id(tensor): plan.tensors[name] for name, tensor in tensors if name in plan.tensors}
-    for name, tensor in tensors:
-        if id(tensor) not in cuts:
-            continue
-        if id(tensor) not in done:
-            kept = cut_tensor(tensor.detach(), cuts[id(tensor)])
-            done[id(tensor)] = (
-                nn.Parameter(kept, requires_grad=tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else kept
-            )
-        owner, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(owner), leaf, done[id(tensor)])
+    return {
+        id(tensor): like(tensor, cut_tensor(tensor.detach(), plan.tensors[name]))
+        for name, tensor in tensors
+        if name in plan.tensors
+    }
 
 
 def cut_tensor(tensor: Tensor, cut: TensorCut) -> Tensor:
@@ -76,27 +66,6 @@ def cut_tensor(tensor: Tensor, cut: TensorCut) -> Tensor:
             ]
             tensor = torch.cat(parts)
     return tensor.contiguous().clone()
-
-
-def resize(module: nn.Module) -> None:
-    """Make a module's size attributes agree with its sliced parameters."""
-    if isinstance(module, _ConvTransposeNd):
-        module.in_channels, module.out_channels = (
-            module.weight.shape[0],
-            module.weight.shape[1] * module.groups,
-        )
-    elif isinstance(module, _ConvNd):
-        if module.groups == module.in_channels and module.groups > 1:  # depthwise
-            multiplier = module.out_channels // module.in_channels
-            module.groups = module.weight.shape[0] // multiplier
-        module.out_channels = module.weight.shape[0]
-        module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _NormBase):
-        for tensor in (module.weight, module.running_mean):
-            if tensor is not None:
-                module.num_features = tensor.shape[0]
 
 
 def _check(net: nn.Module, plan: PruningPlan) -> None:
@@ -136,10 +105,15 @@ def _check(net: nn.Module, plan: PruningPlan) -> None:
                 )
     for name, attributes in plan.attributes.items():
         for attribute in attributes:
-            if name not in modules or not isinstance(getattr(modules[name], attribute, None), int):
+            if name not in modules or get_integer(modules[name], attribute) is None:
                 raise PruningError(
                     f"the plan sets {name}.{attribute}, which this network does not have"
                 )
+
+
+_DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
+"""Parameters of weight normalisation that are divided by their norm: a filter of zeros would be
+0 / 0. Its length, another parameter, is set to zero, which makes the same filter."""
 
 
 def mask(net: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -152,6 +126,8 @@ def mask(net: nn.Module, plan: PruningPlan) -> nn.Module:
             if parameter is None:  # statistics of a removed channel no longer matter
                 continue
             for dim, runs in cut.keep.items():
+                if dim == 0 and name.endswith(_DIRECTIONS):
+                    continue
                 blocks = runs if isinstance(runs, list) else [runs]
                 parts = parameter.chunk(len(blocks)) if isinstance(runs, list) else (parameter,)
                 for part, block in zip(parts, blocks, strict=True):

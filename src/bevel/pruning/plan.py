@@ -32,6 +32,13 @@ class GroupCut(Record):
     name: str
     before: int
     after: int
+    inexact: str | None = None
+    """Why removing its units is not the same as setting them to zero."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether any unit goes."""
+        return self.after < self.before
 
 
 class PruningPlan(Record):
@@ -100,6 +107,7 @@ class PruningPlan(Record):
                 name=g.name,
                 before=g.before,
                 after=after[g.name].after if g.name in after else g.after,
+                inexact=g.inexact,
             )
             for g in self.groups
         ]
@@ -209,17 +217,19 @@ def make_plan(
         tensors[name] = TensorCut(shape=shape, keep={**(cut.keep if cut else {}), dim: runs})
     attributes: dict[str, dict[str, int]] = {}
     for site in analysis.attributes:
-        if any(index in keep and not keep[index].all() for index, _ in site.members):
-            value = site.fixed + sum(
-                int(keep[index][units].sum()) if index in keep else len(units)
-                for index, units in site.members
-            )
+        value = site.value(keep)
+        if value != site.value({}):
             attributes.setdefault(site.module, {})[site.attribute] = value
     return PruningPlan(
         tensors=tensors,
         attributes=attributes,
         groups=[
-            GroupCut(name=group.name, before=group.size, after=int(kept[index]))
+            GroupCut(
+                name=group.name,
+                before=group.size,
+                after=int(kept[index]),
+                inexact=group.inexact,
+            )
             for index, group in enumerate(analysis.groups)
             if group.frozen is None
         ],

@@ -10,15 +10,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from bevel.core import plugins
-from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
+from bevel.core.errors import PruningError
 from bevel.graph.couplings import Analysis, analyze
-from bevel.graph.record import ExampleInputs, as_arguments
+from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank
-from bevel.pruning.apply import mask, prune
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.scoring import score_groups
 from bevel.pruning.sensitivity import Sensitivity
-from bevel.pruning.verify import TOLERANCE, compare, faulty_groups
 
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 
@@ -75,30 +73,20 @@ def plan_pruning(
         "seed": seed,
     }
     request |= {"ratio": ratio} if ratio is not None else {"budget": dict(budget or {})}
-    for _ in range(len(analysis.groups) + 1):
-        groups = [
-            rank(i, g, scores[i], align)
-            for i, g in enumerate(analysis.groups)
-            if g.frozen is None and i in scores
-        ]
-        open_groups = [group for group in groups if len(group.levels) > 1]
-        problem = Problem(analysis, open_groups, limits)
-        if allocator.NEEDS_CALIBRATION and calibration is not None:
-            degradation = Sensitivity(net, analysis, calibration)
-            problem = dataclasses.replace(problem, degradation=degradation)
-        kept = allocator.allocate(problem)
-        keep = {g.index: g.keep_mask(int(k)) for g, k in zip(open_groups, kept, strict=True)}
-        plan = make_plan(
-            analysis,
-            keep,
-            request=request,
-            notes=_notes(analysis, scores, groups, criterion, align),
-        )
-        faults = _faults(net, plan, example_inputs)
-        if not faults:
-            return plan
-        analysis = _freeze(analysis, faults)
-    raise PruningError("no group of this network can be pruned: " + "; ".join(plan.notes[:3]))
+    groups = [
+        rank(i, g, scores[i], align)
+        for i, g in enumerate(analysis.groups)
+        if g.frozen is None and i in scores
+    ]
+    open_groups = [group for group in groups if len(group.levels) > 1]
+    problem = Problem(analysis, open_groups, limits)
+    if allocator.NEEDS_CALIBRATION and calibration is not None:
+        degradation = Sensitivity(net, analysis, calibration)
+        problem = dataclasses.replace(problem, degradation=degradation)
+    kept = allocator.allocate(problem)
+    keep = {g.index: g.keep_mask(int(k)) for g, k in zip(open_groups, kept, strict=True)}
+    notes = _notes(analysis, scores, groups, criterion, align)
+    return make_plan(analysis, keep, request=request, notes=notes)
 
 
 def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str, float]:
@@ -119,41 +107,6 @@ def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str
                 f"the {name} budget is {limit}, expected a fraction above 0, up to 1"
             )
     return limits
-
-
-def _faults(net: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> dict[str, str]:
-    """Groups that the network's own code does not let shrink, such as sizes written in forward.
-
-    Costs two passes where all is well; only a failure is looked into group by group.
-    """
-    try:
-        differences = compare(mask(net, plan), prune(net, plan), [as_arguments(example_inputs)])
-    except FORWARD_FAULTS as error:
-        problem = one_line(error)
-    else:
-        if max(differences, default=0.0) <= TOLERANCE:
-            return {}
-        problem = f"its output differs by {max(differences):.1e}"
-    cut = [group.name for group in plan.groups if group.after < group.before]
-    faults = faulty_groups(net, example_inputs, cut)
-    if not faults:
-        raise PruningError(
-            f"the pruned network fails ({problem}) though each group alone can be pruned; "
-            f"name the modules at fault in ignore. Pruned together: {', '.join(cut[:8])}"
-        )
-    return faults
-
-
-def _freeze(analysis: Analysis, faults: Mapping[str, str]) -> Analysis:
-    groups = tuple(
-        dataclasses.replace(
-            group, frozen=f"its size is fixed in the network's code: {faults[group.name]}"
-        )
-        if group.name in faults
-        else group
-        for group in analysis.groups
-    )
-    return dataclasses.replace(analysis, groups=groups)
 
 
 def _notes(

@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 
 from bevel.graph.ops import (
+    attention,
     convolution,
     elementwise,
+    indexing,
     matmul,
     movement,
     normalization,
     pooling,
+    recurrent,
     reduction,
+    views,
 )
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
@@ -28,12 +32,17 @@ HANDLERS: dict[str, Handler] = {
     **pooling.HANDLERS,
     **reduction.HANDLERS,
     **movement.HANDLERS,
+    **views.HANDLERS,
+    **indexing.HANDLERS,
+    **attention.HANDLERS,
+    **recurrent.HANDLERS,
 }
 
 
 def handler(call: Call) -> Handler:
     """The handler of a call: by name, else by torch's own tag for pointwise operators."""
-    known = HANDLERS.get(call.name) or HANDLERS.get(call.name.removesuffix("_"))
+    name = call.name
+    known = HANDLERS.get(name) or HANDLERS.get(name.removesuffix("_"))
     if known is not None:
         return known
     if torch.Tag.pointwise in call.function.tags:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from bevel.graph.propagate import Handler, Propagation, compact, varying
+from bevel.graph.layers import Layer, along, widen
+from bevel.graph.ops.movement import join
+from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
-Operand = tuple[tuple[int, ...], Sequence[Tensor]]
+Operand = tuple[tuple[int, ...], Sequence[Layer]]
 """Shape and layers of a tensor."""
 
 
@@ -19,83 +19,122 @@ def pointwise(state: Propagation, call: Call) -> None:
     The function's value at zero does not matter: whoever reads a removed channel loses the
     weights that read it.
     """
-    output = call.outputs[0]
-    if not isinstance(output, Value):
+    values = call.inputs()
+    outputs = [output for output in call.outputs if isinstance(output, Value)]
+    if not outputs:
         return
-    operands = [(value.shape, state.of(value)) for value in call.inputs()]
-    state.set(output, combine(state, operands, output.shape, call.place))
+    shape = outputs[0].shape
+    if len(values) == 1 and values[0].shape == shape:
+        layers: Sequence[Layer] = state.of(values[0])
+    else:
+        operands = [(value.shape, state.of(value)) for value in values]
+        layers = combine(state, operands, shape, call.place)
+    for output in outputs:
+        state.set(output, layers)
 
 
 def combine(
     state: Propagation, operands: Sequence[Operand], shape: tuple[int, ...], place: str
-) -> list[Tensor]:
+) -> list[Layer]:
     """Layers of the elementwise combination of tensors that broadcast to `shape`."""
-    merged: dict[tuple[int, ...], Tensor] = {}
-    for _, layers in operands:
-        for layer in layers:
-            wide = _widen(layer, shape)
-            dims = varying(wide)
-            if dims in merged:
-                state.unify(compact(merged[dims]), compact(wide), f"a fixed part meets it: {place}")
-            else:
-                merged[dims] = wide
-    _freeze_mismatches(state, operands, merged, shape, place)
-    return list(merged.values())
+    wide = [
+        [layer if own == shape else widen(layer, shape) for layer in layers]
+        for own, layers in operands
+    ]
+    result: list[Layer] = []
+    for dim in range(len(shape)):
+        if shape[dim] == 1:
+            continue
+        lengths = [_size(own, dim - len(shape)) for own, _ in operands]
+        mine = [
+            [layer for layer in layers if layer.dim == dim]
+            for layers, length in zip(wide, lengths, strict=True)
+            if length > 1
+        ]
+        result += _meet(state, mine, place)
+    return result
 
 
-def _freeze_mismatches(
-    state: Propagation,
-    operands: Sequence[Operand],
-    merged: dict[tuple[int, ...], Tensor],
-    shape: tuple[int, ...],
-    place: str,
-) -> None:
-    """Freeze ids that meet a tensor of full length there which cannot shrink with them."""
-    for dims, layer in merged.items():
-        for own, layers in operands:
-            offset = len(shape) - len(own)
-            if not any(d >= offset and own[d - offset] > 1 for d in dims):
-                continue
-            if dims not in [varying(_widen(other, shape)) for other in layers]:
-                state.freeze(layer, f"it meets a tensor of fixed size: {place}")
-                break
+def _size(shape: tuple[int, ...], dim: int) -> int:
+    """The length of a dimension counted from the last; 1 where there is none."""
+    return shape[dim] if -dim <= len(shape) else 1
 
 
-def _widen(layer: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return (
-        compact(layer)
-        .reshape((1,) * (len(shape) - layer.ndim) + compact(layer).shape)
-        .expand(shape)
+def _meet(state: Propagation, own: Sequence[Sequence[Layer]], place: str) -> list[Layer]:
+    """Join the layers of one dimension over all operands that have its full length."""
+    found = max(own, key=_detail, default=[])
+    if not found:
+        return []
+    for layers in own:
+        if layers is found:
+            continue
+        if len(layers) != len(found):
+            for layer in (*found, *layers):
+                state.freeze_layer(layer, f"it meets a tensor of fixed size: {place}")
+            continue
+        for a, b in zip(found, layers, strict=True):
+            join(state, a, b, f"a fixed part meets it: {place}")
+    if any(layer.virtual for layer in found):
+        real = [layers for layers in own if layers and not any(x.virtual for x in layers)]
+        return list(max(real, key=_detail, default=found))
+    return list(found)
+
+
+def _detail(layers: Sequence[Layer]) -> tuple[int, int]:
+    return len(layers), max((len(layer.dims) for layer in layers), default=0)
+
+
+def constant(state: Propagation, call: Call) -> None:
+    """Operators that fill a new tensor with one value: it can have any length."""
+    output = call.output
+    if output.data is not None or len(output.shape) < 2:
+        return state.set(output, [])
+    return state.set(
+        output,
+        [
+            along(state.fresh(size), dim, output.shape, virtual=True)
+            for dim, size in enumerate(output.shape)
+            if size > 1
+        ],
     )
 
 
+def like(state: Propagation, call: Call) -> None:
+    """`zeros_like(x)`: as long as x everywhere."""
+    source = call.inputs()[0]
+    state.set(call.output, state.of(source) if source.shape == call.output.shape else [])
+
+
 def nothing(state: Propagation, call: Call) -> None:
-    """Operators that make new data of a given size: their outputs carry no ids."""
+    """Operators that make new data by position: their outputs carry no ids."""
     for output in call.outputs:
         if isinstance(output, Value):
             state.set(output, [])
 
 
 def copy_into(state: Propagation, call: Call) -> None:
-    """`x.copy_(y)` may write into part of a larger tensor: what is written cannot shrink."""
-    for value in call.inputs():
-        state.freeze_value(value, f"it is copied into a tensor of fixed size: {call.place}")
+    """`x.copy_(y)`: x, or the part of a larger tensor that x is, has the elements of y."""
+    pointwise(state, call)
 
 
 # Pointwise in effect, though torch does not tag them so.
 _POINTWISE = (
     "hardswish", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "softplus", "where",
-    "masked_fill", "rrelu_with_noise", "log_sigmoid_forward", "bernoulli",
+    "masked_fill", "rrelu_with_noise", "log_sigmoid_forward", "bernoulli", "lerp", "addcmul",
+    "addcdiv", "fake_quantize_per_tensor_affine", "glu_jvp", "copy", "copy_", "dequantize",
 )  # fmt: skip
-_CREATION = (
-    "zeros", "ones", "full", "empty", "arange", "rand", "randn", "scalar_tensor", "zeros_like",
-    "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-    "new_full", "new_empty", "linspace", "eye", "randint", "randperm", "empty_strided",
-    "new_empty_strided",
-)  # fmt: skip
+_CONSTANT = ("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones",
+    "new_full", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")  # fmt: skip
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+_NOTHING = ("arange", "scalar_tensor", "linspace", "eye", "randint", "randperm", "tril_indices",
+    "triu_indices", "_local_scalar_dense", "logspace")  # fmt: skip
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": pointwise for name in _POINTWISE},
-    **{f"aten.{name}": nothing for name in _CREATION},
+    **{f"aten.{name}": constant for name in _CONSTANT},
+    **{f"aten.{name}": like for name in _LIKE},
+    **{f"aten.{name}": nothing for name in _NOTHING},
     "aten.copy_": copy_into,
-}
+    **{f"aten.{name}": like for name in ("fill_", "zero_", "uniform_", "normal_", "fill", "zero",
+        "bernoulli_", "random_", "exponential_")},
+}  # fmt: skip

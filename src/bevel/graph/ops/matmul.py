@@ -3,69 +3,133 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from bevel.graph.layers import FIXED, Layer, along
 from bevel.graph.ops.elementwise import combine
-from bevel.graph.propagate import FIXED, Handler, Propagation, along, compact, varying
+from bevel.graph.ops.movement import join
+from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
 
 def mm(state: Propagation, call: Call) -> None:
     """`a @ b` for matrices, or batches of matrices with equal batch shape."""
-    output = cast(Value, call.outputs[0])
-    state.set(output, contract(state, call, call.arguments[0], call.arguments[1], output.shape))
+    a, b = call.arguments[:2]
+    if len(b.shape) == 1:
+        return _vector(state, call, a, b)
+    return state.set(call.output, contract(state, call, a, b, call.output.shape))
+
+
+def _vector(state: Propagation, call: Call, a: Value, b: Value) -> None:
+    """`mv`, `dot`: the vector's axis is contracted."""
+    reason = f"its layout is not by channel: {call.place}"
+    dim = len(a.shape) - 1
+    left, right = state.ids_along(a, dim, reason), state.ids_along(b, 0, reason)
+    _tie(state, call, left, right)
+    layers = _others(state, a, dim, reason)
+    state.cost(call, math.prod(a.shape), left)
+    state.set(call.output, [layer.moved(layer.ids.select(dim, 0), layer.dim) for layer in layers])
 
 
 def addmm(state: Propagation, call: Call) -> None:
     """`bias + a @ b`; the bias broadcasts over the rows."""
     bias, a, b = call.arguments[:3]
-    output = cast(Value, call.outputs[0])
+    output = call.output
     product = contract(state, call, a, b, output.shape)
-    operands = [(output.shape, product), (bias.shape, state.of(bias))]
-    state.set(output, combine(state, operands, output.shape, call.place))
+    state.set(output, _plus(state, call, product, bias, output))
 
 
 def linear(state: Propagation, call: Call) -> None:
     """`x @ weight.T + bias`, x of shape (..., K), weight of shape (N, K)."""
     x, weight = call.arguments[:2]
-    output = cast(Value, call.outputs[0])
+    bias = call.argument(2, "bias")
+    output = call.output
     last = len(x.shape) - 1
-    inner = state.ids_along(x, last, f"its layout is not by channel: {call.place}")
-    _tie(state, call, inner, state.ids_along(weight, 1, call.place))
+    reason = f"its layout is not by channel: {call.place}"
+    own = state.ids_along(x, last, reason)
+    inner = state.adopt(weight, 1, own, f"its input has a fixed size: {call.place}")
     filters = state.ids_along(weight, 0, call.place)
     layers = [
-        _without(layer, last).expand(output.shape)
-        for layer in state.of(x)
-        if last not in varying(layer)
+        layer.moved(layer.ids.narrow(last, 0, 1).expand(output.shape), layer.dim)
+        for layer in _others(state, x, last, reason)
     ]
+    macs = math.prod(weight.shape) * math.prod(x.shape[:-1])
+    state.cost(call, macs, inner, filters, *_outer(state, layers))
     if filters is not None:
         layers.append(along(filters, last, output.shape))
-    _cost(state, call, inner, filters, math.prod(weight.shape) * math.prod(x.shape[:-1]))
-    bias = call.arguments[2] if len(call.arguments) > 2 else None
-    if isinstance(bias, Value):
-        operands = [(output.shape, layers), (bias.shape, state.of(bias))]
-        layers = combine(state, operands, output.shape, call.place)
-    state.set(output, layers)
+    state.set(output, layers if bias is None else _plus(state, call, layers, bias, output))
+
+
+def _plus(
+    state: Propagation, call: Call, product: Sequence[Layer], bias: Value, output: Value
+) -> list[Layer]:
+    last = len(output.shape) - 1
+    columns = [layer for layer in product if layer.dim == last]
+    if len(bias.shape) == 1 and len(columns) == 1 and columns[0].flat:
+        state.adopt(bias, 0, columns[0].vector(), f"fixed: {call.place}")
+        return list(product)
+    operands = [(output.shape, product), (bias.shape, state.of(bias))]
+    return combine(state, operands, output.shape, call.place)
 
 
 def contract(
     state: Propagation, call: Call, a: Value, b: Value, shape: tuple[int, ...]
-) -> list[Tensor]:
-    """Layers of `a @ b`, which has this shape, and the cost of computing it."""
-    reason = f"its layout is not by channel: {call.place}"
+) -> list[Layer]:
+    """Layers of `a @ b`, which has this shape, and the cost of computing it.
+
+    a: (..., M, K), b: (..., K, N).
+    """
     row, column = len(shape) - 1, len(shape) - 2  # the contracted dimension of a and of b
-    inner = state.ids_along(a, row, reason)
-    _tie(state, call, inner, state.ids_along(b, column, reason))
-    left = [_without(layer, row) for layer in state.of(a) if row not in varying(layer)]
-    right = [_without(layer, column) for layer in state.of(b) if column not in varying(layer)]
+    _contracted(state, call, a, b)
+    reason = f"its layout is not by channel: {call.place}"
+    left, right = (
+        [
+            layer.moved(layer.ids.narrow(dim, 0, 1), layer.dim)
+            for layer in _others(state, value, dim, reason)
+        ]
+        for value, dim in ((a, row), (b, column))
+    )
     operands = [((*shape[:-1], 1), left), ((*shape[:-2], 1, shape[-1]), right)]
     layers = combine(state, operands, shape, call.place)
-    columns = [compact(layer).reshape(-1) for layer in layers if varying(layer) == (row,)]
-    macs = math.prod(shape) * a.shape[-1]
-    _cost(state, call, inner, columns[0] if columns else None, macs)
+    inner = [layer for layer in state.of(a) if layer.dim == row]
+    state.cost(
+        call, math.prod(shape) * a.shape[-1], state.extents(inner, row), *_outer(state, layers)
+    )
     return layers
+
+
+def _others(state: Propagation, value: Value, dim: int, reason: str) -> list[Layer]:
+    """The layers of the other dimensions, the same all along the contracted one."""
+    return [state.uniform(layer, dim, reason) for layer in state.of(value) if layer.dim != dim]
+
+
+def _outer(state: Propagation, layers: Sequence[Layer]) -> list[object]:
+    """The output's axes that can shrink: the cost is in proportion to each."""
+    return [state.extents([layer], layer.dim) for layer in layers if not layer.virtual]
+
+
+def _contracted(state: Propagation, call: Call, a: Value, b: Value) -> None:
+    """The contracted axes of a and b have the same indices, in every matrix of the batch."""
+    row, column = len(a.shape) - 1, len(b.shape) - 2
+    reason = f"the other side of the product has a fixed size: {call.place}"
+    left = [_lifted(state, layer, column, row, reason) for layer in state.on(a, row)]
+    right = [_lifted(state, layer, row, column, reason) for layer in state.on(b, column)]
+    if len(left) != len(right):
+        for layer in (*left, *right):
+            state.freeze_layer(layer, reason)
+        return
+    for x, y in zip(left, right, strict=True):
+        # Both as (..., K): the other matrix dimension is gone.
+        x = x.moved(x.ids.narrow(column, 0, 1).squeeze(column), column)
+        y = y.moved(y.ids.narrow(row, 0, 1).squeeze(row), column)
+        join(state, x, y, reason)
+
+
+def _lifted(state: Propagation, layer: Layer, outer: int, inner: int, reason: str) -> Layer:
+    """Every row of a matrix sums over the same indices."""
+    return state.uniform(layer, outer, reason) if outer != inner else layer
 
 
 def _tie(state: Propagation, call: Call, left: Tensor | None, right: Tensor | None) -> None:
@@ -75,25 +139,13 @@ def _tie(state: Propagation, call: Call, left: Tensor | None, right: Tensor | No
     state.unify(FIXED if left is None else left, FIXED if right is None else right, reason)
 
 
-def _without(layer: Tensor, dim: int) -> Tensor:
-    """The layer with a dimension along which it is constant cut to length 1."""
-    return layer.narrow(dim, 0, 1)
-
-
-def _cost(
-    state: Propagation,
-    call: Call,
-    inner: Tensor | None,
-    columns: Tensor | None,
-    macs: int,
-) -> None:
-    lengths = [ids for ids in (inner, columns) if ids is not None]
-    state.cost(call, macs / math.prod(ids.numel() for ids in lengths), *lengths)
-
-
 HANDLERS: dict[str, Handler] = {
     "aten.mm": mm,
     "aten.bmm": mm,
+    "aten.mv": mm,
+    "aten.dot": mm,
     "aten.addmm": addmm,
+    "aten.baddbmm": addmm,
+    "aten.addbmm": addmm,
     "aten.linear": linear,
 }

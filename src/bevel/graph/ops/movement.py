@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from bevel.graph.propagate import (
-    Handler,
-    Propagation,
-    SizeSite,
-    along,
-    compact,
-    settle,
-    varying,
-)
+from bevel.graph.layers import Layer, along, compact, settle, widen
+from bevel.graph.ops.views import reshape
+from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Value
 
 
-def move(state: Propagation, call: Call) -> None:
-    """Run the operator on each layer of its only tensor."""
+def permute(state: Propagation, call: Call) -> None:
+    """`permute(x, dims)`, `transpose(x, a, b)`, `t(x)`, `movedim`: axes in another order."""
     source = call.inputs()[0]
-    outputs = [output for output in call.outputs if isinstance(output, Value)]
-    layers: list[list[Tensor]] = [[] for _ in outputs]
-    for layer in state.of(source):
-        arguments, keywords = tree_map(
-            lambda leaf, layer=layer: layer if isinstance(leaf, Value) else leaf,
-            (call.arguments, dict(call.keywords)),
-        )
-        # A layer's strides differ from its tensor's, so a view of the tensor may need a copy here.
-        function = torch.ops.aten.reshape.default if call.name in _VIEWS else call.function
-        result = function(*arguments, **keywords)
-        moved = result if isinstance(result, tuple | list) else (result,)
-        for index, tensor in enumerate(moved):
-            settled = settle(tensor)
-            if settled is not None:
-                layers[index].append(settled)
-    for output, own in zip(outputs, layers, strict=True):
-        state.set(output, own)
+    order = _order(call, len(source.shape))
+    state.set(
+        call.output,
+        [layer.moved(layer.ids.permute(order), order.index(layer.dim)) for layer in state.of(source)],
+    )
+
+
+def _order(call: Call, ndim: int) -> list[int]:
+    if call.name == "aten.permute":
+        return [int(dim) % ndim for dim in call.argument(1, "dims")]
+    order = list(range(ndim))
+    if ndim > 1:
+        a, b = (0, 1) if call.name == "aten.t" else call.arguments[1:3]
+        order[a], order[b] = order[b], order[a]
+    return order
 
 
 def same(state: Propagation, call: Call) -> None:
@@ -50,37 +43,266 @@ def same(state: Propagation, call: Call) -> None:
             state.set(output, state.of(source) if output.shape == source.shape else [])
 
 
+def slice_(state: Propagation, call: Call) -> None:
+    """`slice(x, dim, start, end, step)`: a part of an axis, or every `step`-th index."""
+    source, output = call.inputs()[0], call.output
+    dim = int(call.argument(1, "dim", 0)) % len(source.shape)
+    size = source.shape[dim]
+    start, end = call.argument(2, "start"), call.argument(3, "end")
+    step = int(call.argument(4, "step", 1))
+    first = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
+    last = size if end is None else min(max(end + size if end < 0 else end, 0), size)
+    layers = []
+    for layer in state.of(source):
+        if layer.dim == dim and step > 1:
+            _strided(state, layer, step, call.place)
+        elif layer.dim == dim and layer.flat and 0 < first < size:
+            # What is cut off in front moves the start: the argument must follow.
+            state.expect(int(start), layer.vector()[:first] if start > 0 else layer.vector()[first:])
+        if layer.dim == dim and step == 1 and layer.flat and 0 < last < size:
+            state.expect(int(end), layer.vector()[:last] if end > 0 else layer.vector()[last:])
+        layers.append(layer.moved(layer.ids[_at(dim, slice(first, last, step))], layer.dim))
+    state.set(output, layers)
+
+
+def _strided(state: Propagation, layer: Layer, step: int, place: str) -> None:
+    """Every `step`-th index keeps its meaning if runs of `step` go together."""
+    size = layer.ids.shape[layer.dim]
+    if size % step or not layer.flat:
+        state.freeze_layer(layer, f"used by its position: {place}")
+        return
+    runs = layer.vector().reshape(-1, step)
+    state.tie(runs, runs[:, :1], place)
+
+
+def _at(dim: int, index: slice | int) -> tuple[Any, ...]:
+    return (*(slice(None) for _ in range(dim)), index)
+
+
+def split(state: Propagation, call: Call) -> None:
+    """`split(x, size, dim)`: equal parts keep equal counts."""
+    source = call.inputs()[0]
+    dim = int(call.argument(2, "dim", 0)) % len(source.shape)
+    parts = [output for output in call.outputs if isinstance(output, Value)]
+    sizes = [part.shape[dim] for part in parts]
+    layers: list[list[Layer]] = [[] for _ in parts]
+    for layer in state.of(source):
+        if layer.dim == dim and layer.flat and len(set(sizes)) == 1 and len(parts) > 1:
+            ids = layer.vector().reshape(len(parts), -1)
+            state.blocks.append(Blocks(ids.numpy(), call.place))
+        elif layer.dim == dim and not layer.flat:
+            _split_rows(state, layer, sizes, call.place)
+        for own, ids in zip(layers, layer.ids.split(sizes, dim), strict=True):
+            own.append(layer.moved(ids, layer.dim))
+    for part, own in zip(parts, layers, strict=True):
+        state.set(part, own)
+
+
+def _split_rows(state: Propagation, layer: Layer, sizes: Sequence[int], place: str) -> None:
+    """The parts of every row keep equal counts; equal parts also among each other."""
+    rows = layer.compact().movedim(layer.dim, -1)
+    pieces = [piece.reshape(-1, piece.shape[-1]) for piece in rows.split(list(sizes), -1)]
+    groups = [torch.cat(pieces)] if len(set(sizes)) == 1 else pieces
+    state.blocks += [Blocks(piece.numpy(), place, whole=True) for piece in groups]
+
+
+def stack(state: Propagation, call: Call) -> None:
+    """`stack(tensors, dim)`: a new axis, whose indices have positions."""
+    parts, output = call.arguments[0], call.output
+    dim = int(call.argument(1, "dim", 0)) % len(output.shape)
+    operands = []
+    for value in parts:
+        shape = (*value.shape[:dim], 1, *value.shape[dim:])
+        layers = reshape(state, call.place, state.of(value), value.shape, shape)
+        operands.append((shape, layers))
+    wide = elementwise_join(state, operands, output.shape, dim, call.place)
+    state.set(output, wide)
+
+
+def elementwise_join(
+    state: Propagation,
+    operands: Sequence[tuple[tuple[int, ...], Sequence[Layer]]],
+    shape: tuple[int, ...],
+    dim: int,
+    place: str,
+) -> list[Layer]:
+    """Layers of tensors behind each other along `dim`, where each has length 1.
+
+    Their other axes stay separate where all have layers alike: they vary along `dim` then.
+    """
+    result = []
+    for other in range(len(shape)):
+        if other == dim:
+            continue
+        own = [[x for x in layers if x.dim == other] for _, layers in operands]
+        if not any(own):
+            continue
+        counts = {len(layers) for layers in own}
+        dims = {x.dims for layers in own for x in layers}
+        if counts != {1} or len(dims) != 1:
+            for layer in (x for layers in own for x in layers):
+                state.freeze_layer(layer, f"it is joined with a tensor of fixed size: {place}")
+            continue
+        ids = settle(torch.cat([layers[0].compact() for layers in own], dim))
+        layer = own[0][0].moved(ids.expand(shape), other)
+        if dim in layer.dims:
+            rows = layer.compact().movedim(other, -1)
+            state.blocks.append(Blocks(rows.reshape(-1, rows.shape[-1]).numpy(), place))
+        result.append(layer)
+    return result
+
+
+def select(state: Propagation, call: Call) -> None:
+    """`select(x, dim, index)`, `unbind(x, dim)`: the axis goes, its indices have positions."""
+    source = call.inputs()[0]
+    dim = int(call.argument(1, "dim", 0)) % len(source.shape)
+    outputs = [output for output in call.outputs if isinstance(output, Value)]
+    first = int(call.argument(2, "index", 0)) if call.name == "aten.select" else 0
+    for layer in state.of(source):
+        if layer.dim == dim:
+            state.freeze_layer(layer, f"used by its position: {call.place}")
+    for offset, output in enumerate(outputs):
+        own = []
+        for layer in state.of(source):
+            if layer.dim != dim:
+                ids = settle(layer.ids.select(dim, first + offset))
+                own.append(layer.moved(ids, layer.dim - (layer.dim > dim)))
+        state.set(output, own)
+
+
+def expand(state: Propagation, call: Call) -> None:
+    """`expand(x, sizes)`: what was one element can have any length."""
+    source, output = call.inputs()[0], call.output
+    layers = [widen(layer, output.shape) for layer in state.of(source)]
+    offset = len(output.shape) - len(source.shape)
+    for dim, size in enumerate(output.shape):
+        if size > 1 and (dim < offset or source.shape[dim - offset] == 1):
+            layers.append(along(state.fresh(size), dim, output.shape, virtual=True))
+    state.set(output, layers)
+
+
+def repeat(state: Propagation, call: Call) -> None:
+    """`repeat(x, times)`: copies of an axis behind each other keep the same indices."""
+    source, output = call.inputs()[0], call.output
+    times = [int(n) for n in call.argument(1, "repeats")]
+    offset = len(times) - len(source.shape)
+    layers = []
+    for layer in state.of(source):
+        layers.append(layer.moved(settle(layer.ids.repeat(times)), layer.dim + offset))
+    for dim, size in enumerate(output.shape):
+        if size > 1 and (dim < offset or source.shape[dim - offset] == 1):
+            layers.append(along(state.fresh(size), dim, output.shape, virtual=True))
+    state.set(output, layers)
+
+
+def flip(state: Propagation, call: Call) -> None:
+    """`flip(x, dims)`: the same indices backwards."""
+    dims = [int(dim) for dim in call.argument(1, "dims")]
+    layers = [
+        layer.moved(settle(layer.ids.flip(dims)), layer.dim) if set(_positive(dims, layer)) & set(layer.dims) else layer
+        for layer in state.of(call.inputs()[0])
+    ]
+    state.set(call.output, layers)
+
+
+def _positive(dims: Sequence[int], layer: Layer) -> list[int]:
+    return [dim % layer.ids.ndim for dim in dims]
+
+
+def roll(state: Propagation, call: Call) -> None:
+    """`roll(x, shifts, dims)`: fine along axes that do not shrink."""
+    source = call.inputs()[0]
+    dims = [int(dim) % len(source.shape) for dim in call.argument(2, "dims") or range(len(source.shape))]
+    for layer in state.of(source):
+        if set(dims) & set(layer.dims):
+            state.freeze_layer(layer, f"shifted by a number of places: {call.place}")
+    state.set(call.output, state.of(source))
+
+
+def unfold_dim(state: Propagation, call: Call) -> None:
+    """`x.unfold(dim, size, step)`: windows along an axis, which must not shrink."""
+    source, output = call.inputs()[0], call.output
+    dim = int(call.arguments[1]) % len(source.shape)
+    layers = []
+    for layer in state.of(source):
+        if dim in layer.dims:
+            state.freeze_layer(layer, f"cut into windows: {call.place}")
+            continue
+        ids = layer.ids.narrow(dim, 0, 1).unsqueeze(-1).expand(output.shape)
+        layers.append(layer.moved(ids, layer.dim))
+    state.set(output, layers)
+
+
 def cat(state: Propagation, call: Call) -> None:
     """`cat(tensors, dim)`: ids follow their tensors; a tensor without ids adds fixed elements."""
-    parts = [value for value in call.arguments[0] if len(value.shape) > 1 or value.shape != (0,)]
-    output = cast(Value, call.outputs[0])
-    dim = int(call.arguments[1] if len(call.arguments) > 1 else call.keywords.get("dim", 0))
-    dim %= len(output.shape)
-    lengthwise = [
-        state.ids_along(value, dim, f"its layout is not by channel: {call.place}")
-        for value in parts
+    parts = [value for value in call.arguments[0] if 0 not in value.shape]
+    output = call.output
+    if not parts:
+        return state.set(output, [])
+    dim = int(call.argument(1, "dim", 0)) % len(output.shape)
+    layers = [*_joined(state, call, parts, dim, output)]
+    for other in range(len(output.shape)):
+        if other != dim:
+            layers += _across(state, call, parts, dim, other, output)
+    return state.set(output, layers)
+
+
+def _joined(
+    state: Propagation, call: Call, parts: Sequence[Value], dim: int, output: Value
+) -> list[Layer]:
+    """The layer of the axis along which tensors are joined."""
+    own = [[layer for layer in state.of(value) if layer.dim == dim] for value in parts]
+    if not any(own):
+        return []
+    reason = f"its layout is not by channel: {call.place}"
+    pieces: list[Tensor] = []
+    for value, layers in zip(parts, own, strict=True):
+        if all(len(other) <= 1 for other in own) and len(layers) == 1:
+            pieces.append(layers[0].compact())
+            continue
+        for layer in layers:
+            state.freeze_layer(layer, reason)
+        pieces.append(torch.zeros([value.shape[d] if d == dim else 1 for d in range(len(value.shape))], dtype=torch.long))
+    sizes = [max(p.shape[d] for p in pieces) for d in range(len(output.shape))]
+    wide = [
+        piece.expand([piece.shape[d] if d == dim else n for d, n in enumerate(sizes)])
+        for piece in pieces
     ]
-    layers = []
-    if any(ids is not None for ids in lengthwise):
-        joined = torch.cat(
-            [
-                ids if ids is not None else torch.zeros(value.shape[dim], dtype=torch.long)
-                for ids, value in zip(lengthwise, parts, strict=True)
-            ]
-        )
-        layers.append(along(joined, dim, output.shape))
-    across: dict[tuple[int, ...], Tensor] = {}
-    for value in parts:
-        own = {varying(layer): layer for layer in state.of(value) if dim not in varying(layer)}
-        for dims, layer in own.items():
-            if dims in across:
-                state.unify(compact(across[dims]), compact(layer), f"a fixed part: {call.place}")
-            across.setdefault(dims, layer)
-    for dims, layer in across.items():
-        if any(all(varying(other) != dims for other in state.of(value)) for value in parts):
-            state.freeze(layer, f"it is joined with a tensor of fixed size: {call.place}")
-        layers.append(layer.narrow(dim, 0, 1).expand(output.shape))
-    state.set(output, layers)
+    return [Layer(settle(torch.cat(wide, dim)).expand(output.shape), dim)]
+
+
+def _across(
+    state: Propagation, call: Call, parts: Sequence[Value], dim: int, other: int, output: Value
+) -> list[Layer]:
+    """The layers of an axis that all tensors share."""
+    own = [[layer for layer in state.of(value) if layer.dim == other] for value in parts]
+    found = max(own, key=lambda layers: (len(layers), *(len(x.dims) for x in layers)))
+    if not found:
+        return []
+    result = []
+    for position, layer in enumerate(found):
+        layer = state.uniform(layer, dim, f"joined with others: {call.place}")
+        for value, layers in zip(parts, own, strict=True):
+            if len(layers) <= position:
+                if value.shape[other] > 1:
+                    state.freeze_layer(layer, f"it is joined with a tensor of fixed size: {call.place}")
+                continue
+            partner = state.uniform(layers[position], dim, f"joined with others: {call.place}")
+            join(state, layer, partner, f"a fixed part: {call.place}")
+        ids = layer.ids.narrow(dim, 0, 1).expand(output.shape)
+        result.append(layer.moved(ids, other))
+    return result
+
+
+def join(state: Propagation, a: Layer, b: Layer, reason: str) -> None:
+    """Make two layers of the same axis one: unified where they vary alike, tied where not."""
+    if a is b:
+        return
+    left, right = compact(a.ids, a.dims), compact(b.ids, b.dims)
+    if a.dims == b.dims:
+        state.unify(left, right, reason)
+    else:
+        state.tie(left, right, reason)
 
 
 def pad(state: Propagation, call: Call) -> None:
@@ -90,37 +312,34 @@ def pad(state: Propagation, call: Call) -> None:
     attributes (`channel_padding`), they can shrink as any channel can; else they are fixed.
     """
     x, amounts = call.arguments[0], [int(amount) for amount in call.arguments[1]]
-    output = cast(Value, call.outputs[0])
+    output = call.output
     layers = []
     for layer in state.of(x):
-        inner = [d for d in varying(layer) if _amounts(amounts, d, len(x.shape)) != (0, 0)]
-        for dim in range(layer.ndim):
-            front, back = _amounts(amounts, dim, layer.ndim)
-            if dim not in inner:
-                layer = layer.narrow(dim, 0, 1).expand(
-                    *layer.shape[:dim], output.shape[dim], *layer.shape[dim + 1 :]
-                )
-            elif varying(layer) == (dim,):
-                ids = _padded(state, call, compact(layer).reshape(-1), front, back)
-                layer = along(ids, dim, [*layer.shape[:dim], ids.numel(), *layer.shape[dim + 1 :]])
-            else:
-                state.freeze(layer, f"it is padded: {call.place}")
-                return state.set(output, [])
-        layers.append(layer)
+        front, back = _amounts(amounts, layer.dim, len(x.shape))
+        if (front, back) == (0, 0):
+            for dim in layer.dims:
+                if _amounts(amounts, dim, len(x.shape)) != (0, 0):
+                    layer = state.uniform(layer, dim, f"it is padded: {call.place}")
+            ids = layer.compact()
+            layers.append(layer.moved(ids.expand(output.shape), layer.dim))
+        elif layer.flat and front >= 0 and back >= 0:
+            ids = _padded(state, call, layer.vector(), front, back)
+            layers.append(along(ids, layer.dim, output.shape))
+        else:
+            state.freeze_layer(layer, f"it is padded: {call.place}")
     return state.set(output, layers)
 
 
 def _padded(state: Propagation, call: Call, ids: Tensor, front: int, back: int) -> Tensor:
     """The ids with new ones before and after, tied to the module's attributes."""
-    new = [state.fresh(front), state.fresh(back)]
     attributes: Any = getattr(state.modules.get(call.module), "channel_padding", None)
+    new = [state.fresh(front), state.fresh(back)]
     for index, amount in enumerate((front, back)):
-        if not amount:
-            continue
-        if attributes is None:
+        if amount and attributes is None:
             state.freeze(new[index], f"a fixed amount of padding: {call.place}")
-        else:
-            state.sizes.append(SizeSite(call.module, attributes[index], new[index].numpy()))
+        elif amount:
+            extents = (Extent(new[index].numpy()),)
+            state.sizes.append(SizeSite(call.module, attributes[index], extents))
     return torch.cat([new[0], ids, new[1]])
 
 
@@ -129,21 +348,53 @@ def _amounts(amounts: list[int], dim: int, ndim: int) -> tuple[int, int]:
     return (amounts[position], amounts[position + 1]) if position < len(amounts) else (0, 0)
 
 
-_VIEWS = ("aten.view", "aten._unsafe_view")
-_MOVE = (
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "slice", "select", "split",
-    "split_with_sizes", "chunk", "unbind", "expand", "squeeze", "unsqueeze", "flip", "roll",
-    "repeat", "flatten", "unflatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-    "native_channel_shuffle", "movedim", "narrow", "diagonal",
-)  # fmt: skip
+def as_strided(state: Propagation, call: Call) -> None:
+    """`as_strided(x, size, stride)`: only where it changes nothing, or views as blocks do."""
+    source, output = call.inputs()[0], call.output
+    if math.prod(source.shape) == math.prod(output.shape) and source.shape == output.shape:
+        return state.set(output, state.of(source))
+    state.freeze_value(source, f"read by strides: {call.place}")
+    return state.set(output, [])
+
+
+def channel_shuffle(state: Propagation, call: Call) -> None:
+    """`channel_shuffle(x, groups)`: view (g, C/g), transposed, flat again."""
+    source, output = call.inputs()[0], call.output
+    groups, channels = int(call.argument(1, "groups")), source.shape[1]
+    rest = source.shape[2:]
+    split = (source.shape[0], groups, channels // groups, *rest)
+    layers = reshape(state, call.place, state.of(source), source.shape, split)
+    order = [0, 2, 1, *range(3, len(split))]
+    turned = [layer.moved(layer.ids.permute(order), order.index(layer.dim)) for layer in layers]
+    for layer in turned:
+        if layer.dim == 2 and layer.flat:  # the number of groups is an argument
+            state.freeze_layer(layer, f"a fixed number of groups: {call.place}")
+    shape = tuple(split[d] for d in order)
+    state.set(output, reshape(state, call.place, turned, shape, output.shape))
+
+
 _SAME = (
     "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "dropout",
-    "native_dropout",
+    "native_dropout", "lift_fresh_copy", "detach_", "positive", "resolve_conj", "resolve_neg",
+    "pin_memory", "nan_to_num", "channel_dropout",
 )  # fmt: skip
 
 HANDLERS: dict[str, Handler] = {
-    **{f"aten.{name}": move for name in _MOVE},
     **{f"aten.{name}": same for name in _SAME},
+    **{f"aten.{name}": permute for name in ("permute", "transpose", "transpose_", "t", "t_")},
+    **{f"aten.{name}": split for name in ("split", "split_with_sizes", "chunk")},
+    "aten.slice": slice_,
+    "aten.select": select,
+    "aten.unbind": select,
+    "aten.expand": expand,
+    "aten.repeat": repeat,
+    "aten.flip": flip,
+    "aten.roll": roll,
+    "aten.unfold": unfold_dim,
     "aten.cat": cat,
+    "aten.stack": stack,
     "aten.constant_pad_nd": pad,
+    "aten.as_strided": as_strided,
+    "aten.channel_shuffle": channel_shuffle,
+    "aten.native_channel_shuffle": channel_shuffle,
 }

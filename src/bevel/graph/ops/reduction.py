@@ -1,56 +1,122 @@
-"""Reductions: an axis that is summed away must keep its length, the others pass through."""
+"""Reductions: an axis that is averaged away is inexact, the others pass through."""
 
 from __future__ import annotations
 
-from typing import cast
-
-from bevel.graph.propagate import Handler, Propagation, varying
+from bevel.graph.layers import Layer, settle
+from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
 
 def reduce(state: Propagation, call: Call) -> None:
-    """`reduce(x, dims, keepdim)`: a mean over channels would change with the channels."""
+    """`reduce(x, dims, keepdim)`: a mean over channels changes with the channels."""
     x = call.arguments[0]
     dims = _dims(call, len(x.shape))
+    for layer in state.of(x):
+        if layer.dim in dims:
+            state.mark_inexact(layer, f"a statistic across it: {call.place}")
+    _reduced(state, call, dims)
+
+
+def positional(state: Propagation, call: Call) -> None:
+    """`argmax(x, dim)` and `prod`: the result is a position, or has no meaning with fewer."""
+    x = call.arguments[0]
+    dims = _dims(call, len(x.shape))
+    for layer in state.of(x):
+        if layer.dim in dims:
+            state.freeze_layer(layer, f"it is reduced over: {call.place}")
+    _reduced(state, call, dims)
+
+
+def _reduced(state: Propagation, call: Call, dims: tuple[int, ...]) -> None:
+    x = call.arguments[0]
     for output in call.outputs:
         if not isinstance(output, Value):
             continue
+        dropped = len(output.shape) < len(x.shape)
         layers = []
         for layer in state.of(x):
-            if set(varying(layer)) & set(dims):
-                state.freeze(layer, f"it is reduced over: {call.place}")
+            if layer.dim in dims:
                 continue
+            ids = layer
+            for dim in dims:
+                ids = state.uniform(ids, dim, f"it is reduced over: {call.place}")
+            small = ids.ids
             for dim in sorted(dims, reverse=True):
-                layer = layer.narrow(dim, 0, 1)
-                if len(output.shape) < len(x.shape):
-                    layer = layer.squeeze(dim)
-            layers.append(layer)
+                small = small.select(dim, 0) if dropped else small.narrow(dim, 0, 1)
+            shift = sum(dim < layer.dim for dim in dims) if dropped else 0
+            layers.append(layer.moved(small, layer.dim - shift))
         state.set(output, layers)
 
 
 def over_axis(state: Propagation, call: Call) -> None:
     """`softmax(x, dim)` and the like: every element sees the whole axis, the shape stays."""
-    x, dim = call.arguments[0], int(call.arguments[1])
-    state.freeze_along(x, dim % len(x.shape), f"it is normalised over: {call.place}")
-    state.set(cast(Value, call.outputs[0]), state.of(x))
+    x = call.arguments[0]
+    dim = int(call.argument(1, "dim", -1)) % max(len(x.shape), 1)
+    for layer in state.of(x):
+        if layer.dim == dim:
+            state.freeze_layer(layer, f"it is normalised over: {call.place}")
+    for output in call.outputs:
+        if isinstance(output, Value):
+            state.set(output, state.of(x) if output.shape == x.shape else [])
+
+
+def softmax(state: Propagation, call: Call) -> None:
+    """`softmax(x, dim)`: what goes leaves more for the rest."""
+    x = call.arguments[0]
+    dim = int(call.argument(1, "dim", -1)) % max(len(x.shape), 1)
+    for layer in state.of(x):
+        if layer.dim == dim:
+            state.mark_inexact(layer, f"a statistic across it: {call.place}")
+    state.set(call.output, state.of(x))
+
+
+def ranked(state: Propagation, call: Call) -> None:
+    """`topk(x, k, dim)`, `sort(x, dim)`: by position along one axis."""
+    x = call.arguments[0]
+    position = 2 if call.name in ("aten.topk", "aten.kthvalue") else 1
+    dim = call.argument(position, "dim", -1)
+    dim = int(dim if isinstance(dim, int) and not isinstance(dim, bool) else -1)
+    dim %= max(len(x.shape), 1)
+    for layer in state.of(x):
+        if dim in layer.dims:
+            state.freeze_layer(layer, f"it is sorted: {call.place}")
+    for output in call.outputs:
+        if isinstance(output, Value):
+            state.set(output, _kept(state.of(x), x, output, dim))
+
+
+def _kept(layers: list[Layer], x: Value, output: Value, dim: int) -> list[Layer]:
+    """The layers of the other axes at the output's length along `dim`."""
+    if len(output.shape) != len(x.shape):
+        return []
+    return [
+        layer.moved(settle(layer.ids.narrow(dim, 0, 1).expand(output.shape)), layer.dim)
+        for layer in layers
+        if dim not in layer.dims
+    ]
 
 
 def _dims(call: Call, ndim: int) -> tuple[int, ...]:
-    given = call.arguments[1] if len(call.arguments) > 1 else call.keywords.get("dim")
-    if isinstance(given, int):
+    position = 2 if call.name in ("aten.linalg_vector_norm", "aten.norm") else 1
+    given = call.argument(position, "dim")
+    if isinstance(given, int) and not isinstance(given, bool) and ndim:
         return (given % ndim,)
     if isinstance(given, list | tuple) and given:
         return tuple(dim % ndim for dim in given)
     return tuple(range(ndim))
 
 
-_REDUCE = (
-    "mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "argmax",
-    "any", "all",
-)  # fmt: skip
-_OVER_AXIS = ("_softmax", "_log_softmax", "softmax", "cumsum")
+_REDUCE = ("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean",
+    "linalg_vector_norm", "norm", "logsumexp", "nansum", "aminmax")  # fmt: skip
+_POSITIONAL = ("argmax", "argmin", "prod", "any", "all", "max", "min", "median", "mode",
+    "count_nonzero")  # fmt: skip
+_SOFTMAX = ("_softmax", "_log_softmax", "softmax", "_safe_softmax")
+_OVER_AXIS = ("cumsum", "cumprod", "logcumsumexp")
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": reduce for name in _REDUCE},
+    **{f"aten.{name}": positional for name in _POSITIONAL},
+    **{f"aten.{name}": softmax for name in _SOFTMAX},
     **{f"aten.{name}": over_axis for name in _OVER_AXIS},
+    **{f"aten.{name}": ranked for name in ("topk", "sort", "argsort", "kthvalue", "msort")},
 }

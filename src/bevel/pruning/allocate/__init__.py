@@ -7,6 +7,7 @@ blocks must keep equal counts.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,25 +157,25 @@ class Problem:
         much is gained by keeping that many rows.
         """
         kept = kept.copy()
-        open_groups = set(range(len(self.groups)))
-        while open_groups:
-            options = []
-            for position in list(open_groups):
-                group = self.groups[position]
-                larger = group.levels[group.levels > kept[position]]
-                if larger.size == 0:
-                    open_groups.discard(position)
-                else:
-                    options.append((worth(group, int(larger[-1])), -position, int(larger[-1])))
-            if not options:
-                break
-            _, negative, level = max(options)
-            trial = kept.copy()
-            trial[-negative] = level
-            if self.meets(trial):
-                kept = trial
+        heap: list[tuple[float, int, int]] = []
+
+        def offer(position: int) -> None:
+            group = self.groups[position]
+            larger = group.levels[group.levels > kept[position]]
+            if larger.size:
+                level = int(larger[-1])
+                heapq.heappush(heap, (-worth(group, level), position, level))
+
+        for position in range(len(self.groups)):
+            offer(position)
+        while heap:
+            _, position, level = heapq.heappop(heap)
+            before = kept[position]
+            kept[position] = level
+            if self.meets(kept):
+                offer(position)
             else:
-                open_groups.discard(-negative)
+                kept[position] = before
         return kept
 
     def _unreachable(self, kept: np.ndarray) -> str:

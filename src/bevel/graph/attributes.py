@@ -1,0 +1,135 @@
+"""Module attributes that say how large a module's tensors are: they follow a cut.
+
+`RESIZERS` maps a module type to the function that makes its attributes agree with its sliced
+parameters; `register_resizer` adds a user's own. Attributes that a forward reads for its views
+(`num_heads`, `head_dim`) are found without a table, see `graph.hardwired`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Resizer = Callable[[Any], None]
+
+
+def conv_transpose(module: _ConvTransposeNd) -> None:
+    """Weight (in, out / groups, ...)."""
+    module.in_channels = module.weight.shape[0]
+    module.out_channels = module.weight.shape[1] * module.groups
+
+
+def conv(module: _ConvNd) -> None:
+    """Weight (out, in / groups, ...); the groups of a depthwise convolution are in the plan."""
+    module.out_channels = module.weight.shape[0]
+    module.in_channels = module.weight.shape[1] * module.groups
+
+
+def linear(module: nn.Linear) -> None:
+    """Weight (out, in)."""
+    module.out_features, module.in_features = module.weight.shape
+
+
+def norm(module: _NormBase) -> None:
+    """Batch and instance norm."""
+    for tensor in (module.weight, module.running_mean):
+        if tensor is not None:
+            module.num_features = tensor.shape[0]
+
+
+def group_norm(module: nn.GroupNorm) -> None:
+    """The number of groups stays."""
+    if module.weight is not None:
+        module.num_channels = module.weight.shape[0]
+
+
+def layer_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
+    """The normalised shape is the weight's."""
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def recurrent(module: nn.RNNBase) -> None:
+    """Hidden and input size of all layers and directions."""
+    module.hidden_size = module.weight_hh_l0.shape[1]
+    module.input_size = module.weight_ih_l0.shape[1]
+
+
+def embedding(module: nn.Embedding) -> None:
+    """Weight (number, dimension)."""
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def prelu(module: nn.PReLU) -> None:
+    """One slope per channel, or one for all."""
+    module.num_parameters = module.weight.shape[0]
+
+
+RESIZERS: dict[type[nn.Module], Resizer] = {
+    _ConvTransposeNd: conv_transpose,
+    _ConvNd: conv,
+    nn.Linear: linear,
+    _NormBase: norm,
+    nn.GroupNorm: group_norm,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: layer_norm,
+    nn.RNNBase: recurrent,
+    nn.Embedding: embedding,
+    nn.PReLU: prelu,
+}
+
+
+def register_resizer(kind: type[nn.Module], resizer: Resizer) -> None:
+    """Teach bevel the size attributes of a module type and its subclasses.
+
+    Args:
+        kind: the module's class.
+        resizer: called with a module whose parameters are already sliced; sets its attributes.
+    """
+    RESIZERS[kind] = resizer
+
+
+def resize(module: nn.Module) -> None:
+    """Make a module's size attributes agree with its sliced parameters."""
+    for kind in type(module).__mro__:
+        if kind in RESIZERS:
+            RESIZERS[kind](module)
+            return
+
+
+_ITEM = re.compile(r"(\w+)\[(\d+)\]")
+
+
+def integers(module: nn.Module) -> dict[str, int]:
+    """A module's own integer attributes by path: `num_heads`, or `split[1]` within a tuple."""
+    found: dict[str, int] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[name] = value
+        elif isinstance(value, list | tuple):
+            for position, item in enumerate(value):
+                if isinstance(item, int) and not isinstance(item, bool):
+                    found[f"{name}[{position}]"] = item
+    return found
+
+
+def get_integer(module: nn.Module, path: str) -> int | None:
+    """The integer at a path, None where there is none."""
+    return integers(module).get(path)
+
+
+def set_integer(module: nn.Module, path: str, value: int) -> None:
+    """Set an integer attribute, or an item of a list or tuple attribute."""
+    item = _ITEM.fullmatch(path)
+    if item is None:
+        setattr(module, path, value)
+        return
+    name, position = item[1], int(item[2])
+    old = getattr(module, name)
+    new = [value if i == position else x for i, x in enumerate(old)]
+    setattr(module, name, tuple(new) if isinstance(old, tuple) else new)

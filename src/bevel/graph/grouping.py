@@ -1,0 +1,402 @@
+"""From ids to channel groups: what is one and the same, what goes together, what is alike.
+
+Union-find over single indices gives the exact sets. Two indices are in one group when they touch
+the same axes of the same parameters in the same way, so any of them can be removed in place of
+another and a group's cost depends only on how many of its units stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from bevel.graph.cost import Length
+from bevel.graph.propagate import Blocks, Extent, Mark, Propagation
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """How a group touches one axis of one parameter.
+
+    `units` holds, for each index along the axis, the position of the unit in the group it belongs
+    to, or -1. Its shape is (size,), or (blocks, size) where the index means another channel in
+    each block of the parameter's first axis (grouped convolution).
+    """
+
+    tensor: str
+    dim: int
+    units: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Units that are interchangeable; each is a set of parameter slices that go together.
+
+    Attributes:
+        name: the module whose output the units are.
+        size: how many there are.
+        axes: what of the parameters they are.
+        blocks: (b, n / b) unit positions; every block must keep equally many. None: no such rule.
+        frozen: why none of the units can be removed, or None.
+        inexact: why removing them is not the same as setting them to zero, or None.
+        runs: whether a unit is a run of other groups' units, as an attention head is.
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    blocks: np.ndarray | None
+    frozen: str | None
+    inexact: str | None = None
+    runs: bool = False
+
+
+def classes_of(count: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The connected component of each id."""
+    if not pairs:
+        return np.arange(count)
+    left = np.concatenate([a for a, _ in pairs])
+    right = np.concatenate([b for _, b in pairs])
+    graph = coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(count, count))
+    labels: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
+    return labels
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """Ids along one axis of a parameter: its own, or the nodes that hold them (0: none)."""
+
+    tensor: str
+    dim: int
+    ids: np.ndarray
+    node: bool
+
+
+class Grouping:
+    """The groups of a propagation, and lengths in terms of them."""
+
+    def __init__(self, state: Propagation) -> None:
+        self.state = state
+        self._same = classes_of(state.count, state.unions)
+        ties = [*state.ties, *self._node_ties()]
+        self._slots = self._node_slots(ties)
+        self._ties = ties
+        self.entries = list(self._entries())
+        self.class_of = classes_of(state.count, [*state.unions, *ties])
+        self._blocks = self._resolve_blocks()
+        self._reasons = self._marked(state.frozen)
+        self._freeze_blocks()
+        self._inexact = self._marked(state.inexact)
+        self._group_of, self._position, self.groups = self._collect()
+
+    # -- nodes ----------------------------------------------------------------------------
+
+    def _node_ties(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Nodes that hold the same ids are one; nodes that share an id go together."""
+        ties = []
+        known: dict[bytes, int] = {}
+        for family in self.state.nodes.values():
+            classes = self._same[family.leaves]
+            ordered = np.sort(classes, axis=1)
+            for node, row in zip(family.nodes, ordered, strict=True):
+                first = known.setdefault(row.tobytes(), int(node))
+                if first != node:
+                    ties.append((np.array([first]), np.array([node])))
+            flat = classes.reshape(-1)
+            owner = np.repeat(family.nodes, classes.shape[1])
+            order = np.argsort(flat, kind="stable")
+            repeated = np.flatnonzero(flat[order][1:] == flat[order][:-1])
+            if repeated.size:
+                ties.append((owner[order][repeated], owner[order][repeated + 1]))
+        return ties
+
+    def _node_slots(self, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """(depth, classes): the nodes that hold each class of ids, 0 where there is none."""
+        count = int(self._same.max()) + 1
+        families = list(self.state.nodes.values())
+        if not families:
+            return np.zeros((0, count), dtype=np.int64)
+        alike = classes_of(self.state.count, ties)
+        nodes = classes_of(self.state.count, [*self.state.unions, *ties])
+        held = np.concatenate([self._same[f.leaves].reshape(-1) for f in families])
+        owner = np.concatenate([np.repeat(f.nodes, f.leaves.shape[1]) for f in families])
+        _, first = np.unique(held * self.state.count + alike[owner], return_index=True)
+        self._cross(held[first], owner[first], alike[owner[first]])
+        _, first = np.unique(held * self.state.count + nodes[owner], return_index=True)
+        held, owner = held[first], owner[first]
+        starts = np.r_[True, held[1:] != held[:-1]]
+        rank = np.arange(len(held)) - np.maximum.accumulate(np.where(starts, np.arange(len(held)), 0))
+        slots = np.zeros((int(rank.max()) + 1, count), dtype=np.int64)
+        slots[rank, held] = owner
+        return slots
+
+    def _cross(self, held: np.ndarray, owner: np.ndarray, group: np.ndarray) -> None:
+        """Nodes that overlap without one lying in the other cannot go."""
+        size = dict(zip(*np.unique(group, return_counts=True), strict=True))
+        shared: dict[tuple[int, int], int] = {}
+        starts = np.flatnonzero(np.r_[True, held[1:] != held[:-1]])
+        for start, end in zip(starts, np.r_[starts[1:], len(held)], strict=True):
+            if end - start > 1:
+                for i in range(start, end):
+                    for j in range(i + 1, end):
+                        key = (int(group[i]), int(group[j]))
+                        shared[key] = shared.get(key, 0) + 1
+        bad = {g for (a, b), n in shared.items() if n < min(size[a], size[b]) for g in (a, b)}
+        if bad:
+            ids = np.unique(owner[np.isin(group, list(bad))])
+            self.state.frozen.append(Mark(ids, "it is cut into blocks in two ways", True))
+
+    def _nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """The nodes that hold these ids, level by level, 0 where there is none."""
+        for slot in self._slots:
+            held = np.where(ids == 0, 0, slot[self._same[ids]])
+            if held.any():
+                yield held
+
+    def _entries(self) -> Iterator[_Entry]:
+        for name, dims in self.state.axes.items():
+            for dim, ids in enumerate(dims):
+                if ids is not None:
+                    yield _Entry(name, dim, ids, node=False)
+                    for held in self._nodes(ids):
+                        yield _Entry(name, dim, held, node=True)
+
+    # -- constraints ----------------------------------------------------------------------
+
+    def _signatures(self) -> np.ndarray:
+        """For each class, the number of its signature: which axes it touches, how often."""
+        numbers = np.full(int(self.class_of.max()) + 1, -1, dtype=np.int64)
+        if not self.entries:
+            return numbers
+        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
+        numbers_of: dict[tuple[str, int, bool], int] = {}
+        axis = [
+            numbers_of.setdefault((e.tensor, e.dim, e.node), len(numbers_of)) for e in self.entries
+        ]
+        labels = np.repeat(axis, [e.ids.size for e in self.entries])
+        live = ids != 0
+        keys = self.class_of[ids[live]] * len(self.entries) + labels[live]
+        pairs, counts = np.unique(keys, return_counts=True)
+        classes = pairs // len(self.entries)
+        known: dict[bytes, int] = {}
+        rows = np.stack([pairs % len(self.entries), counts], axis=1)
+        starts = np.flatnonzero(np.r_[True, np.diff(classes) != 0])
+        for start, end in zip(starts, np.r_[starts[1:], len(rows)], strict=True):
+            numbers[classes[start]] = known.setdefault(rows[start:end].tobytes(), len(known))
+        return numbers
+
+    def _resolve_blocks(self) -> list[np.ndarray]:
+        """Equal-count constraints as (b, n) arrays of classes.
+
+        Where units of one block are not interchangeable, or two constraints cut the same units
+        differently, the units at equal positions are tied instead, which always keeps the counts
+        equal.
+        """
+        constraints = [*self.state.blocks, *self._node_blocks()]
+        pending = list(constraints)
+        tied: list[Blocks] = []
+        while True:
+            kept, clash = self._compatible(pending)
+            if not clash:
+                return kept
+            tied += clash
+            self._ties += [
+                (live[0], row) for c in tied for live in (_live(c.ids),) for row in live[1:]
+            ]
+            pending = [c for c in pending if not any(c is t for t in tied)]
+            self.class_of = classes_of(self.state.count, [*self.state.unions, *self._ties])
+
+    def _compatible(self, constraints: Sequence[Blocks]) -> tuple[list[np.ndarray], list[Blocks]]:
+        """The constraints that hold as they are, and those whose units have to be tied."""
+        signatures = self._signatures()
+        kept: dict[bytes, np.ndarray] = {}
+        owner: dict[int, bytes] = {}
+        clash: list[Blocks] = []
+        for constraint in constraints:
+            live = _live(constraint.ids)
+            if live.shape[1] == 0 or len(live) == 1:
+                continue
+            classes = self.class_of[live]
+            ordered = np.sort(classes, axis=1)
+            if (ordered == ordered[0]).all():  # every block holds the same units
+                continue
+            key = ordered[np.lexsort(ordered.T[::-1])].tobytes()
+            if key in kept:
+                continue
+            flat = np.unique(classes)
+            distinct = flat.size == classes.size
+            alike = bool((signatures[flat] == signatures[flat[0]]).all())
+            fresh = not any(int(c) in owner for c in flat)
+            if distinct and alike and fresh and live.shape == constraint.ids.shape:
+                kept[key] = classes
+                owner.update(dict.fromkeys(map(int, flat), key))
+            else:
+                clash.append(constraint)
+        return list(kept.values()), clash
+
+    def _node_blocks(self) -> Iterator[Blocks]:
+        """Blocks that must stay equal when nodes go: equally many nodes in each block."""
+        for constraint in self.state.blocks:
+            if constraint.whole:
+                continue
+            for held in self._nodes(constraint.ids):
+                rows = [np.unique(row[row != 0]) for row in held]
+                sizes = {row.size for row in rows}
+                merged = np.concatenate(rows)
+                inside = len(np.unique(merged)) == merged.size and len(sizes) == 1
+                if inside and 0 not in sizes:
+                    yield Blocks(np.stack(rows), constraint.where)
+                elif merged.size:
+                    self.state.frozen.append(Mark(np.unique(merged), constraint.where, True))
+
+    def _marked(self, marks: Sequence[Mark]) -> dict[int, str]:
+        """Class -> what is said of it; the first reason met counts."""
+        reasons: dict[int, str] = {}
+        for mark in marks:
+            found = [mark.ids] if mark.level else [mark.ids, *self._nodes(mark.ids)]
+            for ids in found:
+                for index in np.unique(self.class_of[ids[ids != 0]]):
+                    reasons.setdefault(int(index), mark.reason)
+        return reasons
+
+    def _freeze_blocks(self) -> None:
+        """A block or node with a fixed element stays; one frozen unit freezes its constraint."""
+        reasons = self._reasons
+        for family in self.state.nodes.values():
+            fixed = family.nodes[(family.leaves == 0).any(axis=1)]
+            for index in np.unique(self.class_of[fixed]):
+                reasons.setdefault(int(index), "it holds a fixed part")
+        for constraint in self.state.blocks:
+            columns = constraint.ids[:, (constraint.ids == 0).any(axis=0)]
+            for index in np.unique(self.class_of[columns[columns != 0]]):
+                reasons.setdefault(int(index), f"a block has a fixed part: {constraint.where}")
+        for classes in self._blocks:
+            stuck = next((reasons[int(c)] for c in classes.reshape(-1) if int(c) in reasons), None)
+            if stuck is not None:
+                for index in classes.reshape(-1):
+                    reasons.setdefault(int(index), stuck)
+
+    # -- groups ---------------------------------------------------------------------------
+
+    def _collect(self) -> tuple[np.ndarray, np.ndarray, list[ChannelGroup]]:
+        count = int(self.class_of.max()) + 1
+        group_of = np.full(count, -1, dtype=np.int64)
+        position = np.full(count, -1, dtype=np.int64)
+        if not self.entries:
+            return group_of, position, []
+        signatures = self._signatures()
+        constraint_of: dict[int, int] = {
+            int(c): index for index, classes in enumerate(self._blocks) for c in classes.reshape(-1)
+        }
+        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
+        classes, first = np.unique(self.class_of[ids[ids != 0]], return_index=True)
+        members: dict[tuple[int, str | None, str | None, int], list[int]] = {}
+        for index in classes[np.argsort(first, kind="stable")]:
+            number = int(index)
+            key = (
+                int(signatures[number]),
+                self._reasons.get(number),
+                self._inexact.get(number),
+                constraint_of.get(number, -1),
+            )
+            members.setdefault(key, []).append(number)
+        for number, units in enumerate(members.values()):
+            group_of[units] = number
+            position[units] = np.arange(len(units))
+        touching, runs = self._axes_by_group(group_of, position, len(members))
+        names = _names(touching)
+        groups = []
+        for number, ((_, reason, inexact, constraint), units) in enumerate(members.items()):
+            blocks = position[self._blocks[constraint]] if constraint >= 0 else None
+            groups.append(
+                ChannelGroup(
+                    names[number], len(units), tuple(touching[number]), blocks, reason, inexact,
+                    runs[number],
+                )
+            )  # fmt: skip
+        return group_of, position, groups
+
+    def _axes_by_group(
+        self, group_of: np.ndarray, position: np.ndarray, count: int
+    ) -> tuple[list[list[Axis]], list[bool]]:
+        touching: list[list[Axis]] = [[] for _ in range(count)]
+        runs = [False] * count
+        for entry in self.entries:
+            classes = self.class_of[entry.ids]
+            owners = np.where(entry.ids == 0, -1, group_of[classes])
+            for number in np.unique(owners[owners >= 0]):
+                units = np.where(owners == number, position[classes], -1)
+                touching[int(number)].append(Axis(entry.tensor, entry.dim, units))
+                runs[int(number)] |= entry.node
+        return touching, runs
+
+    def group_of(self, ids: np.ndarray) -> np.ndarray:
+        """The group of each id, -1 where there is none."""
+        found: np.ndarray = np.where(ids == 0, -1, self._group_of[self.class_of[ids]])
+        return found
+
+    def ids_of(self, number: int) -> np.ndarray:
+        """All ids of a group."""
+        return np.flatnonzero(self.group_of(np.arange(self.state.count)) == number)
+
+    def length(self, extent: Extent) -> Length:
+        """An extent in terms of the groups; the blocks of a grouped axis share one length."""
+        flat = extent.ids.reshape(-1)
+        divisor = extent.ids.shape[0] if extent.ids.ndim == 2 else 1
+        rows, _ = self.members(Extent(flat, extent.level))
+        table, counts = np.unique(rows, axis=0, return_counts=True)
+        free = (table < 0).all(axis=1)
+        return Length(
+            float(counts[free].sum()) / divisor, counts[~free] / divisor, table[~free]
+        )
+
+    def members(self, extent: Extent) -> tuple[np.ndarray, np.ndarray]:
+        """(n, depth) groups and unit positions that the n ids of an extent depend on, -1: none."""
+        ids = [extent.ids, *([] if extent.level else self._nodes(extent.ids))]
+        groups = np.stack([self.group_of(held) for held in ids], axis=1)
+        units = np.stack([self._position[self.class_of[held]] for held in ids], axis=1)
+        for later in range(1, groups.shape[1]):  # nodes that turned out to be the same
+            for earlier in range(later):
+                same = (groups[:, later] == groups[:, earlier]) & (
+                    units[:, later] == units[:, earlier]
+                )
+                groups[same, later] = -1
+        return groups, units
+
+    def kept(self, keep: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Per id whether it stays, by itself and with the nodes that hold it."""
+        by_class = np.ones(len(self._group_of), dtype=bool)
+        for number, mask in keep.items():
+            units = np.flatnonzero(self._group_of == number)
+            by_class[units] = mask[self._position[units]]
+        own = by_class[self.class_of]
+        own[0] = True
+        whole = own.copy()
+        every = np.arange(len(own))
+        for held in self._nodes(every):
+            whole &= own[held]
+        return own, whole
+
+
+def _live(ids: np.ndarray) -> np.ndarray:
+    """The columns without fixed elements."""
+    return ids[:, (ids != 0).all(axis=0)]
+
+
+def _names(touching: Sequence[Sequence[Axis]]) -> list[str]:
+    """The module whose output the units are: the first that owns them on its first axis."""
+    taken: set[str] = set()
+    names = []
+    for axes in touching:
+        owners = [axis.tensor.rpartition(".")[0] or axis.tensor for axis in axes if axis.dim == 0]
+        first = owners[0] if owners else axes[0].tensor
+        name, number = first, 2
+        while name in taken:
+            name, number = f"{first}#{number}", number + 1
+        taken.add(name)
+        names.append(name)
+    return names

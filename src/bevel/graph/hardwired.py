@@ -1,0 +1,201 @@
+"""Sizes that a network's own code has written in it: follow them, or protect what they fix.
+
+A view with numbers, `self.num_heads`, `split([32, 32])`: the rehearsal finds each place where the
+code does not follow the new sizes. If an integer attribute of the running module holds the number,
+and the code there reads that attribute, the attribute shall follow; the next rehearsal shows
+whether that was right. Otherwise the channels that the number fixes are frozen, with the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import nn
+
+from bevel.graph.attributes import integers
+from bevel.graph.grouping import Grouping
+from bevel.graph.propagate import Extent, Mark, Propagation, SizeSite
+from bevel.graph.record import ExampleInputs, Recording
+from bevel.graph.rehearse import Fault, Kind, Prediction, Stage, Written, rehearse
+
+ROUNDS = 12
+"""Rehearsals before everything that is still in question is frozen."""
+
+
+class PassChangedError(Exception):
+    """The network does not do the same twice, as when its first pass fills a cache."""
+
+
+def follow_sizes(
+    net: nn.Module, example_inputs: ExampleInputs, recording: Recording, state: Propagation
+) -> Grouping:
+    """The groups that the network's own code lets shrink; the others are frozen in `state`.
+
+    Raises:
+        PassChangedError: at its old sizes, the network takes another path than was recorded.
+    """
+    stage = Stage(net, example_inputs)
+    resolver = _Resolver(net, state)
+    for attempt in range(ROUNDS):
+        grouping = Grouping(state)
+        keep = trial(grouping)
+        if not keep:
+            return grouping
+        faults = rehearse(stage, recording, Prediction(grouping, keep))
+        if not faults:
+            return grouping
+        if not attempt and any(fault.kind is Kind.PATH for fault in faults):
+            same = rehearse(stage, recording, Prediction(grouping, {}))
+            if any(fault.kind is Kind.PATH for fault in same):
+                raise PassChangedError
+        here = [fault for fault in faults if fault.kind is Kind.HERE]
+        if here:
+            resolver.resolve(here, patient=attempt < ROUNDS // 2)
+            continue
+        search = _Search(stage, recording, grouping, keep)
+        elsewhere = [fault for fault in faults if fault.kind is not Kind.NUMBER]
+        if elsewhere:
+            state.frozen += search.marks(elsewhere, "its size is read elsewhere")
+            continue
+        state.inexact += search.marks(faults, "its size enters a number")
+        return Grouping(state)
+    grouping = Grouping(state)
+    for number in trial(grouping):
+        reason = f"{faults[0].error} ({faults[0].place})"
+        state.frozen.append(Mark(grouping.ids_of(number), reason, True))
+    return Grouping(state)
+
+
+def trial(grouping: Grouping, only: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+    """Masks that cut every group that can shrink, each by another share."""
+    generator = np.random.default_rng(0)
+    keep: dict[int, np.ndarray] = {}
+    for number, group in enumerate(grouping.groups):
+        rows = group.blocks if group.blocks is not None else np.arange(group.size)[None]
+        length = rows.shape[1]
+        cut = int(generator.integers(1, max(length // 2, 1) + 1))
+        if group.frozen is not None or length < 2 or (only is not None and number not in only):
+            continue
+        mask = np.ones(group.size, dtype=bool)
+        for row in rows:
+            mask[generator.permutation(row)[:cut]] = False
+        keep[number] = mask
+    return keep
+
+
+class _Resolver:
+    """Answers faults: an attribute that follows, or a freeze."""
+
+    def __init__(self, net: nn.Module, state: Propagation) -> None:
+        self.state = state
+        self.modules = dict(net.named_modules())
+        self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
+
+    def resolve(self, faults: Sequence[Fault], *, patient: bool) -> None:
+        """Change `state` so that the next rehearsal meets none of these faults."""
+        self.round: dict[tuple[str, str], SizeSite] = {}
+        for fault in faults:
+            reason = f"its size is written in the code ({fault.place}: {fault.error})"
+            if not fault.written:
+                self._protect(fault, reason)
+                continue
+            for written in fault.written:
+                site = self._attribute(fault, written) if patient else None
+                if site is None:
+                    self._freeze(written.extents, reason)
+
+    def _attribute(self, fault: Fault, written: Written) -> SizeSite | None:
+        """An attribute that holds the number, not tried before at this place."""
+        if len(written.extents) != 1:
+            return None
+        key = (fault.modules[0], fault.place, written.number)
+        tried = self.tried.setdefault(key, [])
+        for module in fault.modules:
+            for path, value in integers(self.modules[module]).items():
+                if value != written.number or path.partition("[")[0] not in fault.names:
+                    continue
+                known = self.round.get((module, path))
+                if known is not None:
+                    return known
+                if any((site.module, site.attribute) == (module, path) for site in tried):
+                    continue
+                self._withdraw([*tried, *self._sites(module, path)])
+                site = SizeSite(module, path, written.extents)
+                tried.append(site)
+                self.round[module, path] = site
+                self.state.sizes.append(site)
+                return site
+        self._withdraw(tried)
+        return None
+
+    def _sites(self, module: str, path: str) -> Iterator[SizeSite]:
+        for site in self.state.sizes:
+            if (site.module, site.attribute) == (module, path):
+                yield site
+
+    def _withdraw(self, sites: Sequence[SizeSite]) -> None:
+        drop = {id(site) for site in sites}
+        self.state.sizes = [site for site in self.state.sizes if id(site) not in drop]
+
+    def _protect(self, fault: Fault, reason: str) -> None:
+        """No number is known: take back what was changed there, then freeze what is involved."""
+        changed = [site for site in self.state.sizes if site.module in fault.modules]
+        if changed:
+            self._withdraw(changed)
+            for site in changed:
+                self._freeze(site.extents, reason)
+            return
+        for layer in fault.blamed:
+            self.state.freeze_layer(layer, reason)
+
+    def _freeze(self, extents: Sequence[Extent], reason: str) -> None:
+        for extent in extents:
+            self.state.frozen.append(Mark(np.unique(extent.ids[extent.ids != 0]), reason, extent.level))
+
+
+class _Search:
+    """Finds the groups behind a fault by rehearsing with fewer and fewer of them cut."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        recording: Recording,
+        grouping: Grouping,
+        keep: dict[int, np.ndarray],
+    ) -> None:
+        self.stage, self.recording = stage, recording
+        self.grouping, self.keep = grouping, keep
+
+    def marks(self, faults: Sequence[Fault], what: str) -> list[Mark]:
+        """A mark on every group that causes one of these faults when it is cut alone."""
+        places = {(fault.place, fault.kind) for fault in faults}
+        changes = {change for fault in faults for change in fault.changes}
+        likely = [number for number in self.keep if self._explains(number, changes)]
+        rest = [number for number in self.keep if number not in likely]
+        return [
+            Mark(self.grouping.ids_of(number), f"{what} ({place})", True)
+            for numbers in (likely, rest)
+            if numbers
+            for number, place in self._culprits(places, numbers)
+        ]
+
+    def _explains(self, number: int, changes: set[tuple[int, int]]) -> bool:
+        """Whether a number in the code that changed may be this group's size, or a part of it."""
+        before, after = len(self.keep[number]), int(self.keep[number].sum())
+        return any(
+            old and before >= old and after // (before // old) == new for old, new in changes
+        )
+
+    def _culprits(
+        self, places: set[tuple[str, Kind]], numbers: list[int]
+    ) -> Iterator[tuple[int, str]]:
+        prediction = Prediction(self.grouping, {n: self.keep[n] for n in numbers})
+        found = rehearse(self.stage, self.recording, prediction)
+        here = sorted({f.place for f in found if (f.place, f.kind) in places})
+        if here and len(numbers) == 1:
+            yield numbers[0], ", ".join(here)
+        elif here:
+            middle = len(numbers) // 2
+            yield from self._culprits(places, numbers[:middle])
+            yield from self._culprits(places, numbers[middle:])

@@ -1,0 +1,572 @@
+"""Rehearse a pruned network without computing anything: does its own code follow the new sizes?
+
+A copy of the network with meta tensors of the pruned shapes runs its ordinary Python forward.
+Every torch function that it calls is compared with the recorded pass: its result must have the
+shape that the layers of ids predict. Where it does not, the fault is noted, with the line of code,
+and the rehearsal goes on with what was predicted, so one run finds every size that is written in
+the code.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bevel.core.errors import FORWARD_FAULTS, one_line
+from bevel.core.modes import evaluating
+from bevel.graph.attributes import resize, set_integer
+from bevel.graph.copying import meta
+from bevel.graph.grouping import Grouping
+from bevel.graph.layers import Layer
+from bevel.graph.propagate import Extent
+from bevel.graph.record import (
+    READS_DATA,
+    ExampleInputs,
+    Frame,
+    ModuleStack,
+    Recording,
+    Value,
+    decomposed,
+    is_frame,
+    map_inputs,
+    run,
+    tensor_names,
+)
+
+
+class Kind(Enum):
+    """Sorts of faults."""
+
+    HERE = "a size does not follow the tensors here"
+    ELSEWHERE = "a size follows tensors from elsewhere in the network"
+    PATH = "the code takes another path"
+    NUMBER = "a number that is no size is computed from a size"
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A number in the code that ought to follow these lengths."""
+
+    number: int
+    predicted: int
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """A place where the network's code does not follow the new sizes.
+
+    Attributes:
+        modules: the modules whose forward is running, innermost first.
+        place: file and line.
+        names: the attribute names that the code there uses.
+        written: the numbers at fault, if they are known.
+        blamed: the layers involved.
+        error: what happened.
+        kind: what sort of fault it is.
+        changes: numbers among the arguments that differ: recorded and now.
+    """
+
+    modules: tuple[str, ...]
+    place: str
+    names: frozenset[str]
+    written: tuple[Written, ...]
+    blamed: tuple[Layer, ...]
+    error: str
+    kind: Kind
+    changes: tuple[tuple[int, int], ...] = ()
+
+
+class Prediction:
+    """The sizes that every tensor of a recorded pass has once these groups are cut."""
+
+    def __init__(self, grouping: Grouping, keep: Mapping[int, np.ndarray]) -> None:
+        self.state = grouping.state
+        self.own, self.whole = grouping.kept(dict(keep))
+        self._sizes: dict[int, tuple[int, ...]] = {}
+        self._lengths: dict[tuple[int, ...], int] = {}
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The predicted shape of a recorded tensor."""
+        known = self._sizes.get(value.index)
+        if known is None:
+            layers = self.state.layers.get(value.index)
+            known = self._shrunken(value.shape, layers) if layers else value.shape
+            self._sizes[value.index] = known
+        return known
+
+    def _shrunken(self, shape: tuple[int, ...], layers: Sequence[Layer]) -> tuple[int, ...]:
+        sizes = list(shape)
+        for dim in {layer.dim for layer in layers}:
+            own = [layer for layer in layers if layer.dim == dim]
+            key = tuple(map(id, own))
+            if key not in self._lengths:
+                self._lengths[key] = self.length(self.state.extents(own, dim))
+            sizes[dim] = self._lengths[key]
+        return tuple(sizes)
+
+    def length(self, extents: Sequence[Extent]) -> int:
+        """How many indices stay."""
+        stays = np.ones(1, dtype=bool)
+        for extent in extents:
+            stays = stays & (self.own if extent.level else self.whole)[extent.ids]
+        return int(stays.sum())
+
+    def parameter(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The predicted shape of a parameter or buffer."""
+        sizes = list(shape)
+        for dim, ids in enumerate(self.state.axes.get(name, ())):
+            if ids is not None:
+                stays = self.whole[ids]
+                sizes[dim] = int((stays[0] if ids.ndim == 2 else stays).sum())
+        return tuple(sizes)
+
+
+class Stage:
+    """A network that can be dressed in meta tensors of other sizes, and undressed again.
+
+    Nothing is computed on meta tensors. Whatever a forward leaves on its modules meanwhile, such
+    as a cache, is taken back.
+    """
+
+    def __init__(self, net: nn.Module, example_inputs: ExampleInputs) -> None:
+        self.net = net
+        self.inputs = map_inputs(
+            example_inputs, lambda x: x.to("meta") if isinstance(x, Tensor) else x
+        )
+        self.names = tensor_names(net)
+        self.modules = dict(net.named_modules())
+
+    @contextmanager
+    def dressed(self, prediction: Prediction) -> Iterator[nn.Module]:
+        """The network with the predicted shapes and attributes, inside this context."""
+        saved = [_Saved(module) for module in self.modules.values()]
+        try:
+            self._dress(prediction)
+            yield self.net
+        finally:
+            for state in saved:
+                state.restore()
+
+    def _dress(self, prediction: Prediction) -> None:
+        replaced: dict[int, Tensor] = {}
+        for module in self.modules.values():
+            for tensors in (module._parameters, module._buffers):
+                for leaf, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in replaced:
+                        shape = prediction.parameter(self.names[id(tensor)], tensor.shape)
+                        replaced[id(tensor)] = meta(tensor, shape)
+                    tensors[leaf] = replaced[id(tensor)]  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):
+                names = module._flat_weights_names
+                module._flat_weights = [getattr(module, name) for name in names]
+        for site in prediction.state.sizes:
+            value = prediction.length(site.extents) * site.factor
+            set_integer(self.modules[site.module], site.attribute, value)
+        for module in self.modules.values():
+            resize(module)
+
+
+class _Saved:
+    """What a module holds, one level deep."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.contents = [
+            (value, copy.copy(value))
+            for name, value in self.attributes.items()
+            if isinstance(value, list | dict | set) and not name.endswith("_hooks")
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        attributes = vars(self.module)
+        attributes.clear()
+        attributes.update(self.attributes)
+        for container, content in self.contents:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+
+
+def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list[Fault]:
+    """Run the network at its predicted sizes; returns where its code does not follow them."""
+    modules = ModuleStack(stage.net)
+    mode = _Rehearsal(recording, prediction, modules)
+    try:
+        with (
+            evaluating(stage.net),
+            stage.dressed(prediction) as net,
+            torch.no_grad(),
+            decomposed(),
+            modules.following(),
+            mode,
+        ):
+            run(net, stage.inputs)
+    except _Diverged as error:
+        mode.faults.append(mode.fault(None, str(error), kind=Kind.PATH))
+    except FORWARD_FAULTS as error:
+        mode.faults.append(mode.raised(error))
+    return mode.faults
+
+
+class _Diverged(Exception):
+    """The shrunken network took another path through its code."""
+
+
+class _Seen(TorchDispatchMode):
+    """Collects the integers among the arguments of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.calls: list[tuple[Any, set[int]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.calls.append((func, set(_integers((args, kwargs or {})))))
+        return func(*args, **(kwargs or {}))
+
+
+_FOLLOWING = frozenset(
+    {
+        "batch_norm", "relu", "relu_", "relu6", "silu", "silu_", "gelu", "hardswish", "hardswish_",
+        "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "leaky_relu", "elu",
+        "mish", "dropout", "linear", "add", "add_", "__add__", "iadd", "mul", "mul_", "__mul__",
+        "sub", "contiguous", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "softmax",
+        "transpose", "permute", "matmul", "scaled_dot_product_attention", "float", "clone",
+    }
+)  # fmt: skip
+"""Functions whose result has the right shape if their arguments have it."""
+
+_ARITHMETIC = frozenset(
+    {
+        "mul", "div", "add", "sub", "pow", "rsub", "true_divide", "floor_divide", "__rtruediv__",
+        "__rdiv__", "__rsub__", "__rpow__", "__rmul__", "__radd__", "tensor", "full", "mul_",
+        "div_", "add_", "sub_", "as_tensor", "scalar_tensor", "__rfloordiv__", "scaled_dot_product_attention",
+    }
+)  # fmt: skip
+"""Functions in which an integer is a number, not a size or a position."""
+
+
+class _Rehearsal(TorchFunctionMode):
+    """Compares every torch function of the pass with the recorded one."""
+
+    def __init__(
+        self, recording: Recording, prediction: Prediction, modules: ModuleStack
+    ) -> None:
+        super().__init__()
+        self.recording, self.prediction, self.modules = recording, prediction, modules
+        self.position = 0
+        self.faults: list[Fault] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        expected = self._next()
+        if expected is None or expected.function != func:
+            # Functions whose result is no tensor are not part of the recording.
+            result = func(*args, **kwargs) if func not in READS_DATA else None
+            if func in READS_DATA or is_frame(func, result):
+                raise _Diverged(f"it calls {_name(func)}, the original {_called(expected)}")
+            return result
+        if func in READS_DATA:
+            self.position += 1
+            return expected.result
+        if _name(func) in _FOLLOWING:
+            known = self._shortcut(expected, args, kwargs)
+            if known is not None:
+                self.position += 1
+                return known
+        return self._compare(expected, func, args, kwargs)
+
+    def _shortcut(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The predicted result of a function that has no sizes among its arguments.
+
+        None unless every tensor has its predicted shape and everything else is as recorded.
+        """
+        given = (*args, *kwargs.values())
+        if not isinstance(frame.result, Value) or not self._same(given, frame.arguments):
+            return None
+        for argument, value in zip(given, frame.arguments, strict=True):
+            if value is frame.result:  # in place
+                return argument
+        shape = self.prediction.shape(frame.result)
+        return torch.empty(shape, dtype=frame.result.dtype, device="meta")
+
+    def _same(self, given: Sequence[Any], recorded: Sequence[Any]) -> bool:
+        if len(given) != len(recorded):
+            return False
+        for argument, value in zip(given, recorded, strict=True):
+            if isinstance(value, Value):
+                if not isinstance(argument, Tensor) or argument.device.type != "meta":
+                    return False
+                if argument.shape != self.prediction.shape(value):
+                    return False
+            elif isinstance(value, list | tuple):
+                if not isinstance(argument, list | tuple) or not self._same(argument, value):
+                    return False
+            elif argument is not value and argument != value:
+                return False
+        return True
+
+    def _next(self) -> Frame | None:
+        frames = self.recording.frames
+        return frames[self.position] if self.position < len(frames) else None
+
+    def _compare(
+        self, frame: Frame, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        try:
+            result, seen = self._call(frame, func, args, kwargs)
+        except FORWARD_FAULTS as error:
+            self.position += 1
+            return self._repair(frame, one_line(error, 120), (args, kwargs))
+        if not is_frame(func, result):  # this call of the function gave no tensor
+            return result
+        self.position += 1
+        wrong = self._wrong(frame, result)
+        if wrong:
+            return self._repair(frame, wrong, (args, kwargs))
+        for error in self._unexpected(frame, seen):
+            self.faults.append(self.fault(frame, error, (args, kwargs)))
+        if _numbers(func, (args, kwargs)) != _numbers(func, frame.arguments):
+            self.faults.append(
+                self.fault(frame, "a number computed from a size", kind=Kind.NUMBER)
+            )
+        return result
+
+    def _repair(self, frame: Frame, error: str, arguments: Any) -> Any:
+        """Note what went wrong and go on with what was predicted.
+
+        Where the tensors of the frame have their recorded sizes, the sizes come from data, and
+        there is nothing to note, unless the code passes other numbers than in the recording.
+        """
+        changed = self._changed(frame)
+        if changed:
+            self.faults.append(self.fault(frame, error, arguments))
+        elif sorted(_integers(arguments)) != sorted(_integers(frame.arguments)):
+            self.faults.append(self.fault(frame, error, arguments, kind=Kind.ELSEWHERE))
+        return self._predicted(frame)
+
+    def _call(
+        self, frame: Frame, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[Any, _Seen | None]:
+        """The function on meta tensors, or, where it cannot, on zeros."""
+        positions = range(frame.calls.start, frame.calls.stop)
+        watched = any(position in self.prediction.state.expected for position in positions)
+        seen = _Seen() if watched else None
+        try:
+            if seen is not None:
+                with seen:
+                    return func(*args, **kwargs), seen
+            return func(*args, **kwargs), None
+        except FORWARD_FAULTS:
+            if not any(
+                isinstance(leaf, Tensor) and leaf.device.type != "meta"
+                for leaf in tree_leaves((args, kwargs))
+            ) and not isinstance(sys.exc_info()[1], NotImplementedError):
+                raise
+            args, kwargs = tree_map(_zeros, (args, kwargs))
+            result = func(*args, **kwargs)
+            return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, result), None
+
+    def _changed(self, frame: Frame) -> bool:
+        """Whether any tensor of the frame has another size than in the recording."""
+        return any(
+            self.prediction.shape(value) != value.shape for value in self._values(frame)
+        )
+
+    def _values(self, frame: Frame) -> Iterator[Value]:
+        for leaf in tree_leaves((frame.arguments, frame.result)):
+            if isinstance(leaf, Value):
+                yield leaf
+        for call in self.recording.calls[frame.calls]:
+            yield from call.inputs()
+
+    def _predicted(self, frame: Frame) -> Any:
+        def make(leaf: Any) -> Any:
+            if not isinstance(leaf, Value):
+                return leaf
+            return torch.empty(self.prediction.shape(leaf), dtype=leaf.dtype, device="meta")
+
+        return tree_map(make, frame.result)
+
+    def _wrong(self, frame: Frame, result: Any) -> str:
+        leaves = tree_leaves(result)
+        expected = tree_leaves(frame.result)
+        if len(leaves) != len(expected):
+            return f"{len(leaves)} results instead of {len(expected)}"
+        for leaf, value in zip(leaves, expected, strict=True):
+            if isinstance(value, Value):
+                want = self.prediction.shape(value)
+                if not isinstance(leaf, Tensor) or tuple(leaf.shape) != want:
+                    got = tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
+                    return f"its shape would be {got} instead of {want}"
+        return ""
+
+    def _unexpected(self, frame: Frame, seen: _Seen | None) -> Iterator[str]:
+        if seen is None:
+            return
+        calls = self.recording.calls[frame.calls]
+        if [call.function for call in calls] != [function for function, _ in seen.calls]:
+            return
+        for offset, (_, integers) in enumerate(seen.calls):
+            position = frame.calls.start + offset
+            for _, extent in self.prediction.state.expected.get(position, ()):
+                want = self.prediction.length((extent,))
+                if want not in integers and want - extent.ids.size not in integers:
+                    yield f"it uses positions {sorted(integers)}, expected {want}"
+
+    # -- faults ---------------------------------------------------------------------------
+
+    def fault(
+        self, frame: Frame | None, error: str, arguments: Any = (), *, kind: Kind = Kind.HERE
+    ) -> Fault:
+        """A fault at the line of the network's code that is running."""
+        code = _user_frame(sys._getframe())
+        written: tuple[Written, ...] = ()
+        blamed: list[Layer] = []
+        changes: tuple[tuple[int, int], ...] = ()
+        if frame is not None:
+            present = list(_integers(arguments))
+            before = list(_integers(frame.arguments))
+            if len(present) == len(before):
+                pairs = zip(before, present, strict=True)
+                changes = tuple((old, new) for old, new in pairs if old != new)
+            written = tuple(
+                w for w in self._lengths(frame) if w.predicted != w.number and w.number in present
+            )
+            for value in self._values(frame):
+                blamed += self.prediction.state.layers.get(value.index, ())
+        return Fault(
+            modules=tuple(dict.fromkeys(reversed(self.modules.stack))) or ("",),
+            place=_place(code),
+            names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
+            written=written,
+            blamed=tuple(blamed),
+            error=f"{_name(frame.function)}: {error}" if frame is not None else error,
+            kind=kind,
+            changes=changes,
+        )
+
+    def raised(self, error: BaseException) -> Fault:
+        """A fault where the network's own code raised an error."""
+        trace = error.__traceback__
+        code: FrameType | None = None
+        while trace is not None:
+            if _is_user(trace.tb_frame):
+                code = trace.tb_frame
+            trace = trace.tb_next
+        owner = code.f_locals.get("self") if code is not None else None
+        name = self.modules.names.get(id(owner))
+        values = self._recent()
+        blamed = [x for v in values for x in self.prediction.state.layers.get(v.index, ())]
+        return Fault(
+            modules=(name,) if name is not None else self._last_modules(),
+            place=_place(code),
+            names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
+            written=tuple(w for v in values for w in self._of(v) if w.predicted != w.number),
+            blamed=tuple(blamed),
+            error=one_line(error, 120),
+            kind=Kind.HERE,
+        )
+
+    def _recent(self) -> list[Value]:
+        """The tensors around the place where the pass stopped."""
+        frames = self.recording.frames[max(self.position - 1, 0) : self.position + 1]
+        return [value for frame in frames for value in self._values(frame)]
+
+    def _last_modules(self) -> tuple[str, ...]:
+        frame = self._next() or self.recording.frames[-1]
+        return (frame.module,)
+
+    def _lengths(self, frame: Frame) -> Iterator[Written]:
+        """The lengths that may be written as numbers in a call of this frame."""
+        for leaf in tree_leaves(frame.result):
+            if isinstance(leaf, Value):
+                yield from self._of(leaf)
+        for position in range(frame.calls.start, frame.calls.stop):
+            for number, extent in self.prediction.state.expected.get(position, ()):
+                yield Written(number, self.prediction.length((extent,)), (extent,))
+
+    def _of(self, value: Value) -> Iterator[Written]:
+        layers = self.prediction.state.layers.get(value.index, ())
+        shape = self.prediction.shape(value)
+        for dim in {layer.dim for layer in layers}:
+            extents = self.prediction.state.extents(layers, dim)
+            yield Written(value.shape[dim], shape[dim], extents)
+
+
+def _integers(arguments: Any) -> Iterator[int]:
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, int) and not isinstance(leaf, bool):
+            yield leaf
+        elif isinstance(leaf, slice):
+            yield from (x for x in (leaf.start, leaf.stop) if isinstance(x, int))
+        elif isinstance(leaf, torch.Size):
+            yield from leaf
+
+
+def _numbers(func: Any, arguments: Any) -> list[Any]:
+    arithmetic = _name(func) in _ARITHMETIC
+    return [
+        leaf
+        for leaf in tree_leaves(arguments)
+        if isinstance(leaf, float) or (arithmetic and isinstance(leaf, int))
+    ]
+
+
+def _zeros(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+        return torch.zeros(leaf.shape, dtype=leaf.dtype)
+    return leaf
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", function))
+
+
+def _called(frame: Frame | None) -> str:
+    return "ends there" if frame is None else _name(frame.function)
+
+
+_OTHERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+"""Code that is not the network's own: torch, the recording, generated functions."""
+
+
+def _is_user(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith(_OTHERS)
+
+
+def _user_frame(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and not _is_user(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _place(frame: FrameType | None) -> str:
+    if frame is None:
+        return "torch"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
