@@ -70,6 +70,13 @@ def prelu(module: nn.PReLU) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
+def attention(module: nn.MultiheadAttention) -> None:
+    """As wide inside as outside; the number of heads stays."""
+    if module.in_proj_weight is not None:
+        module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
+        module.head_dim = module.embed_dim // module.num_heads
+
+
 RESIZERS: dict[type[nn.Module], Resizer] = {
     _ConvTransposeNd: conv_transpose,
     _ConvNd: conv,
@@ -81,6 +88,7 @@ RESIZERS: dict[type[nn.Module], Resizer] = {
     nn.RNNBase: recurrent,
     nn.Embedding: embedding,
     nn.PReLU: prelu,
+    nn.MultiheadAttention: attention,
 }
 
 

@@ -150,7 +150,7 @@ class Grouping:
             ids = np.unique(owner[np.isin(group, list(bad))])
             self.state.frozen.append(Mark(ids, "it is cut into blocks in two ways", True))
 
-    def _nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+    def nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """The nodes that hold these ids, level by level, 0 where there is none."""
         for slot in self._slots:
             held = np.where(ids == 0, 0, slot[self._same[ids]])
@@ -162,7 +162,7 @@ class Grouping:
             for dim, ids in enumerate(dims):
                 if ids is not None:
                     yield _Entry(name, dim, ids, node=False)
-                    for held in self._nodes(ids):
+                    for held in self.nodes(ids):
                         yield _Entry(name, dim, held, node=True)
 
     # -- constraints ----------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Grouping:
         for constraint in self.state.blocks:
             if constraint.whole:
                 continue
-            for held in self._nodes(constraint.ids):
+            for held in self.nodes(constraint.ids):
                 rows = [np.unique(row[row != 0]) for row in held]
                 sizes = {row.size for row in rows}
                 merged = np.concatenate(rows)
@@ -257,7 +257,7 @@ class Grouping:
         """Class -> what is said of it; the first reason met counts."""
         reasons: dict[int, str] = {}
         for mark in marks:
-            found = [mark.ids] if mark.level else [mark.ids, *self._nodes(mark.ids)]
+            found = [mark.ids] if mark.level else [mark.ids, *self.nodes(mark.ids)]
             for ids in found:
                 for index in np.unique(self.class_of[ids[ids != 0]]):
                     reasons.setdefault(int(index), mark.reason)
@@ -339,6 +339,12 @@ class Grouping:
         found: np.ndarray = np.where(ids == 0, -1, self._group_of[self.class_of[ids]])
         return found
 
+    def plain_axes(self) -> Iterator[np.ndarray]:
+        """The ids of all parameter axes, those of grouped convolutions left out."""
+        for entry in self.entries:
+            if not entry.node and entry.ids.ndim == 1:
+                yield entry.ids
+
     def ids_of(self, number: int) -> np.ndarray:
         """All ids of a group."""
         return np.flatnonzero(self.group_of(np.arange(self.state.count)) == number)
@@ -356,7 +362,7 @@ class Grouping:
 
     def members(self, extent: Extent) -> tuple[np.ndarray, np.ndarray]:
         """(n, depth) groups and unit positions that the n ids of an extent depend on, -1: none."""
-        ids = [extent.ids, *([] if extent.level else self._nodes(extent.ids))]
+        ids = [extent.ids, *([] if extent.level else self.nodes(extent.ids))]
         groups = np.stack([self.group_of(held) for held in ids], axis=1)
         units = np.stack([self._position[self.class_of[held]] for held in ids], axis=1)
         for later in range(1, groups.shape[1]):  # nodes that turned out to be the same
@@ -377,7 +383,7 @@ class Grouping:
         own[0] = True
         whole = own.copy()
         every = np.arange(len(own))
-        for held in self._nodes(every):
+        for held in self.nodes(every):
             whole &= own[held]
         return own, whole
 

@@ -8,9 +8,10 @@ whether that was right. Otherwise the channels that the number fixes are frozen,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
 from bevel.graph.attributes import integers
@@ -35,6 +36,7 @@ def follow_sizes(
     Raises:
         PassChangedError: at its old sizes, the network takes another path than was recorded.
     """
+    _tie_attention(net, state)
     stage = Stage(net, example_inputs)
     resolver = _Resolver(net, state)
     for attempt in range(ROUNDS):
@@ -51,7 +53,8 @@ def follow_sizes(
                 raise PassChangedError
         here = [fault for fault in faults if fault.kind is Kind.HERE]
         if here:
-            resolver.resolve(here, patient=attempt < ROUNDS // 2)
+            if not resolver.tie(here, grouping, keep):
+                resolver.resolve(here, patient=attempt < ROUNDS // 2)
             continue
         search = _Search(stage, recording, grouping, keep)
         elsewhere = [fault for fault in faults if fault.kind is not Kind.NUMBER]
@@ -65,6 +68,26 @@ def follow_sizes(
         reason = f"{faults[0].error} ({faults[0].place})"
         state.frozen.append(Mark(grouping.ids_of(number), reason, True))
     return Grouping(state)
+
+
+def _tie_attention(net: nn.Module, state: Propagation) -> None:
+    """torch's attention layer is as wide inside as outside, and the number of heads stays."""
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        prefix = f"{name}." if name else ""
+        packed = state.axes.get(f"{prefix}in_proj_weight")
+        if packed is None or packed[0] is None or packed[1] is None:
+            continue
+        rows = packed[0].reshape(3, -1)
+        if (packed[1] == 0).any():
+            state.freeze(torch.from_numpy(rows), f"the input of {name} has a fixed size")
+            continue
+        for row in rows:
+            state.ties.append((row, packed[1]))
+        for nodes in state.nodes.values():
+            if np.isin(nodes.leaves, rows).any():
+                state.frozen.append(Mark(nodes.nodes, f"the number of heads of {name}", True))
 
 
 def trial(grouping: Grouping, only: Sequence[int] | None = None) -> dict[int, np.ndarray]:
@@ -91,6 +114,56 @@ class _Resolver:
         self.state = state
         self.modules = dict(net.named_modules())
         self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
+        self.tied: set[tuple[str, str, int]] = set()
+
+    def tie(
+        self, faults: Sequence[Fault], grouping: Grouping, keep: Mapping[int, np.ndarray]
+    ) -> bool:
+        """Tie an axis to the one from which the code takes its size; whether there was any.
+
+        `B, N, C = x.shape; ...; y.reshape(B, N, C)` makes y as wide as x: attention written like
+        this keeps as many inner channels as the network has outside.
+        """
+        found = False
+        for fault in faults:
+            for length in fault.lengths:
+                key = (fault.modules[0], fault.place, length.number)
+                widths = [new for old, new in fault.changes if old == length.number]
+                if len(length.extents) != 1 or key in self.tied or not widths:
+                    continue
+                outer = self._as_wide(grouping, keep, length, widths[0])
+                if outer is not None:
+                    self._bind(grouping, length.ids, outer, f"as wide as x ({fault.place})")
+                    self.tied.add(key)
+                    found = True
+        return found
+
+    def _bind(
+        self, grouping: Grouping, inner: np.ndarray, outer: np.ndarray, reason: str
+    ) -> None:
+        """Each run of inner ids has the outer ones; what holds the inner ids cannot go alone."""
+        for row in inner.reshape(-1, outer.size):
+            self.state.ties.append((row, outer))
+        for held in grouping.nodes(inner):
+            self.state.frozen.append(Mark(np.unique(held[held != 0]), reason, True))
+
+    def _as_wide(
+        self,
+        grouping: Grouping,
+        keep: Mapping[int, np.ndarray],
+        length: Written,
+        width: int,
+    ) -> np.ndarray | None:
+        """The ids of an axis from which the code computes this width, itself or a part of it."""
+        for ids in grouping.plain_axes():
+            parts, rest = divmod(ids.size, length.number)
+            if rest or not parts or length.ids.size % ids.size:
+                continue
+            groups = np.unique(grouping.group_of(ids))
+            mask = keep.get(int(groups[0])) if len(groups) == 1 else None
+            if mask is not None and mask.size == ids.size and int(mask.sum()) // parts == width:
+                return ids
+        return None
 
     def resolve(self, faults: Sequence[Fault], *, patient: bool) -> None:
         """Change `state` so that the next rehearsal meets none of these faults."""

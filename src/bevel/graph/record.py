@@ -9,9 +9,10 @@ rehearsed function by function with other sizes (`graph.rehearse`). Tensors beco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Call:
     outputs: tuple[Any, ...]
     module: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """`aten.convolution`, without the overload."""
         return str(self.function.overloadpacket)
@@ -85,8 +86,15 @@ class Call:
 
     def inputs(self) -> list[Value]:
         """All tensors among the arguments, in order."""
-        leaves = tree_leaves((self.arguments, dict(self.keywords)))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        return list(_values((*self.arguments, *self.keywords.values())))
+
+
+def _values(items: Sequence[Any]) -> Iterator[Value]:
+    for item in items:
+        if isinstance(item, Value):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from _values(item)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ the code.
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,11 +60,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A number in the code that ought to follow these lengths."""
+    """A number in the code that ought to follow these lengths.
+
+    `ids` are all ids of the layer whose length it is, in the order of the tensor's elements.
+    """
 
     number: int
     predicted: int
     extents: tuple[Extent, ...]
+    ids: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +83,7 @@ class Fault:
         blamed: the layers involved.
         error: what happened.
         kind: what sort of fault it is.
+        lengths: all lengths of the results that can shrink.
         changes: numbers among the arguments that differ: recorded and now.
     """
 
@@ -88,6 +94,7 @@ class Fault:
     blamed: tuple[Layer, ...]
     error: str
     kind: Kind
+    lengths: tuple[Written, ...] = ()
     changes: tuple[tuple[int, int], ...] = ()
 
 
@@ -447,6 +454,7 @@ class _Rehearsal(TorchFunctionMode):
         code = _user_frame(sys._getframe())
         written: tuple[Written, ...] = ()
         blamed: list[Layer] = []
+        lengths: tuple[Written, ...] = ()
         changes: tuple[tuple[int, int], ...] = ()
         if frame is not None:
             present = list(_integers(arguments))
@@ -454,9 +462,8 @@ class _Rehearsal(TorchFunctionMode):
             if len(present) == len(before):
                 pairs = zip(before, present, strict=True)
                 changes = tuple((old, new) for old, new in pairs if old != new)
-            written = tuple(
-                w for w in self._lengths(frame) if w.predicted != w.number and w.number in present
-            )
+            lengths = tuple(w for w in self._lengths(frame) if w.predicted != w.number)
+            written = tuple(w for w in lengths if w.number in present)
             for value in self._values(frame):
                 blamed += self.prediction.state.layers.get(value.index, ())
         return Fault(
@@ -467,6 +474,7 @@ class _Rehearsal(TorchFunctionMode):
             blamed=tuple(blamed),
             error=f"{_name(frame.function)}: {error}" if frame is not None else error,
             kind=kind,
+            lengths=lengths,
             changes=changes,
         )
 
@@ -508,14 +516,16 @@ class _Rehearsal(TorchFunctionMode):
                 yield from self._of(leaf)
         for position in range(frame.calls.start, frame.calls.stop):
             for number, extent in self.prediction.state.expected.get(position, ()):
-                yield Written(number, self.prediction.length((extent,)), (extent,))
+                yield Written(number, self.prediction.length((extent,)), (extent,), extent.ids)
 
     def _of(self, value: Value) -> Iterator[Written]:
         layers = self.prediction.state.layers.get(value.index, ())
         shape = self.prediction.shape(value)
         for dim in {layer.dim for layer in layers}:
             extents = self.prediction.state.extents(layers, dim)
-            yield Written(value.shape[dim], shape[dim], extents)
+            first = next(layer for layer in layers if layer.dim == dim)
+            ids = first.compact().reshape(-1).numpy()
+            yield Written(value.shape[dim], shape[dim], extents, ids)
 
 
 def _integers(arguments: Any) -> Iterator[int]:
@@ -551,7 +561,7 @@ def _called(frame: Frame | None) -> str:
     return "ends there" if frame is None else _name(frame.function)
 
 
-_OTHERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_OTHERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
 """Code that is not the network's own: torch, the recording, generated functions."""
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from bevel.graph.layers import Layer, settle
 from bevel.graph.propagate import Blocks, Handler, Propagation
 from bevel.graph.record import Call
@@ -88,7 +90,7 @@ def _merge(
         for dim in layer.dims:
             if dim in part and dim > layer.dim:
                 layer = state.uniform(layer, dim, f"its layout is not by channel: {place}")
-        moved = layer.moved(settle(layer.ids.reshape(shape)), target[layer.dim])
+        moved = layer.moved(_runs_merged(layer, parts, shape), target[layer.dim])
         found.append((layer, moved))
     return [
         new
@@ -96,6 +98,31 @@ def _merge(
         if not any(_inside(old, other, parts[new.dim]) for other, _ in found if other is not old)
         and not _superseded(state, new, found, place)
     ]
+
+
+def _runs_merged(layer: Layer, parts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
+    """The ids with runs merged; only runs along which they vary are copied."""
+    small, sizes = layer.ids, []
+    for size, part in zip(shape, parts, strict=True):
+        if set(part) & set(layer.dims):
+            sizes.append(size)
+            continue
+        sizes.append(1)
+        for dim in part:
+            small = small.narrow(dim, 0, 1)
+    return small.reshape(sizes).expand(shape)
+
+
+def _runs_split(layer: Layer, parts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
+    """The ids with dimensions split into runs; repeated ids are found constant again."""
+    small, sizes = layer.ids, [1] * len(shape)
+    for dim, part in enumerate(parts):
+        if dim in layer.dims:
+            for outer in part:
+                sizes[outer] = shape[outer]
+        else:
+            small = small.narrow(dim, 0, 1)
+    return settle(small.reshape(sizes)).expand(shape)
 
 
 def _inside(node: Layer, leaf: Layer, part: Sequence[int]) -> bool:
@@ -125,10 +152,7 @@ def _split(
     split: list[Layer] = []
     for layer in layers:
         part = parts[layer.dim]
-        ids = layer.ids.reshape(shape)
-        if len(part) > 1 or any(len(parts[dim]) > 1 for dim in layer.dims):
-            ids = settle(ids)
-        moved = layer.moved(ids, part[-1] if part else 0)
+        moved = layer.moved(_runs_split(layer, parts, shape), part[-1] if part else 0)
         inner = [dim for dim in moved.dims if dim in part]
         if not inner:
             if part:
