@@ -7,7 +7,7 @@ do next. The command line prints it and exits with `exit_code`; `--debug` adds t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class BevelError(Exception):
@@ -41,7 +41,14 @@ class DataError(BevelError):
 
 
 class PruningError(BevelError):
-    """A pruning request that cannot be met, or a plan that does not fit the network."""
+    """A pruning request that cannot be met, or a plan that does not fit the network.
+
+    `reachable` says of a budget that cannot be met what can be: {"macs": 0.62, ...}; else empty.
+    """
+
+    def __init__(self, message: str, reachable: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.reachable = dict(reachable or {})
 
 
 class ProofError(BevelError):

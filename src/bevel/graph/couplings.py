@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -19,7 +20,7 @@ from bevel.graph.ops import handler
 from bevel.graph.propagate import Extent, Mark, Propagation, propagate
 from bevel.graph.record import ExampleInputs, batch_size, record
 
-__all__ = ["Analysis", "Axis", "ChannelGroup", "SizeAttribute", "analyze"]
+__all__ = ["Analysis", "Axis", "AxisReport", "ChannelGroup", "SizeAttribute", "analyze"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,28 @@ class SizeAttribute:
         return int(stays.all(axis=1).sum()) * self.factor
 
 
+@dataclass(frozen=True)
+class AxisReport:
+    """What can be done to one axis of one parameter or buffer.
+
+    Attributes:
+        tensor: its name.
+        dim: the axis.
+        size: its length.
+        groups: the channel groups whose units lie along it; units of other axes that go with them
+            are in `ChannelGroup.axes`.
+        status: "prunable"; "constrained" if equal counts have to stay in blocks; "frozen".
+        reason: what it is constrained to, or why it is frozen (in part, if groups remain).
+    """
+
+    tensor: str
+    dim: int
+    size: int
+    groups: tuple[str, ...]
+    status: Literal["prunable", "constrained", "frozen"]
+    reason: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class Analysis:
     """What can be removed from a network, what cannot and why, and what it all costs."""
@@ -64,6 +87,18 @@ class Analysis:
     def frozen(self) -> list[ChannelGroup]:
         """The groups that keep all their units, with the reason."""
         return [group for group in self.groups if group.frozen is not None]
+
+    def axes(self) -> list[AxisReport]:
+        """Every axis of every parameter and buffer: prunable, constrained or frozen, and why."""
+        touching: dict[tuple[str, int], list[ChannelGroup]] = {}
+        for group in self.groups:
+            for axis in group.axes:
+                touching.setdefault((axis.tensor, axis.dim), []).append(group)
+        return [
+            _axis_report(tensor, dim, size, touching.get((tensor, dim), []))
+            for tensor, shape in self.shapes.items()
+            for dim, size in enumerate(shape)
+        ]
 
     def full(self) -> np.ndarray:
         """Kept units per group when nothing is removed."""
@@ -92,6 +127,25 @@ class Analysis:
             for index in term.touched():
                 touched[index] += value
         return touched
+
+
+def _axis_report(
+    tensor: str, dim: int, size: int, groups: Sequence[ChannelGroup]
+) -> AxisReport:
+    free = [group for group in groups if group.frozen is None]
+    stuck = next((group.frozen for group in groups if group.frozen is not None), None)
+    blocks = [group for group in free if group.blocks is not None]
+    if not groups:
+        reason = "nothing in the pass reads it by channel" if size > 1 else "it has length 1"
+        return AxisReport(tensor, dim, size, (), "frozen", reason)
+    names = tuple(group.name for group in groups)
+    if not free:
+        return AxisReport(tensor, dim, size, names, "frozen", stuck)
+    if blocks:
+        counts = [len(group.blocks) for group in blocks if group.blocks is not None]
+        reason = f"equal counts in each of {counts[0]} blocks"
+        return AxisReport(tensor, dim, size, names, "constrained", reason)
+    return AxisReport(tensor, dim, size, names, "prunable", stuck)
 
 
 def analyze(

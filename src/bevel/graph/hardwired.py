@@ -23,6 +23,9 @@ from bevel.graph.rehearse import Fault, Kind, Prediction, Stage, Written, rehear
 ROUNDS = 12
 """Rehearsals before everything that is still in question is frozen."""
 
+SEARCHES = 24
+"""Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
+
 
 class PassChangedError(Exception):
     """The network does not do the same twice, as when its first pass fills a cache."""
@@ -55,6 +58,9 @@ def follow_sizes(
         if here:
             if not resolver.tie(here, grouping, keep):
                 resolver.resolve(here, patient=attempt < ROUNDS // 2)
+            continue
+        raised = [fault for fault in faults if fault.kind is Kind.RAISED]
+        if raised and resolver.follow(raised[0]):
             continue
         search = _Search(stage, recording, grouping, keep)
         elsewhere = [fault for fault in faults if fault.kind is not Kind.NUMBER]
@@ -115,6 +121,7 @@ class _Resolver:
         self.modules = dict(net.named_modules())
         self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
         self.tied: set[tuple[str, str, int]] = set()
+        self.claims: dict[tuple[str, str], Written] = {}
 
     def tie(
         self, faults: Sequence[Fault], grouping: Grouping, keep: Mapping[int, np.ndarray]
@@ -167,7 +174,6 @@ class _Resolver:
 
     def resolve(self, faults: Sequence[Fault], *, patient: bool) -> None:
         """Change `state` so that the next rehearsal meets none of these faults."""
-        self.round: dict[tuple[str, str], SizeSite] = {}
         for fault in faults:
             reason = f"its size is written in the code ({fault.place}: {fault.error})"
             if not fault.written:
@@ -177,6 +183,10 @@ class _Resolver:
                 site = self._attribute(fault, written) if patient else None
                 if site is None:
                     self._freeze(written.extents, reason)
+
+    def follow(self, fault: Fault) -> bool:
+        """Let attributes follow that the code compares with a size; whether there was one."""
+        return any([self._attribute(fault, written) is not None for written in fault.written])
 
     def _attribute(self, fault: Fault, written: Written) -> SizeSite | None:
         """An attribute that holds the number, not tried before at this place."""
@@ -188,24 +198,31 @@ class _Resolver:
             for path, value in integers(self.modules[module]).items():
                 if value != written.number or path.partition("[")[0] not in fault.names:
                     continue
-                known = self.round.get((module, path))
-                if known is not None:
-                    return known
                 if any((site.module, site.attribute) == (module, path) for site in tried):
                     continue
-                self._withdraw([*tried, *self._sites(module, path)])
-                site = SizeSite(module, path, written.extents)
+                self._withdraw(tried)
+                site = self._claim(module, path, written)
                 tried.append(site)
-                self.round[module, path] = site
-                self.state.sizes.append(site)
                 return site
         self._withdraw(tried)
         return None
 
-    def _sites(self, module: str, path: str) -> Iterator[SizeSite]:
-        for site in self.state.sizes:
-            if (site.module, site.attribute) == (module, path):
-                yield site
+    def _claim(self, module: str, path: str, written: Written) -> SizeSite:
+        """Let an attribute follow a length; lengths that share an attribute are tied."""
+        first = self.claims.setdefault((module, path), written)
+        known = next(
+            (s for s in self.state.sizes if (s.module, s.attribute) == (module, path)), None
+        )
+        if known is None:
+            known = SizeSite(module, path, written.extents)
+            self.state.sizes.append(known)
+            self.claims[module, path] = written
+        elif first is not written:
+            for row in written.ids.reshape(-1, written.number):
+                self.state.ties.append((row, first.ids[: first.number]))
+            for row in first.ids.reshape(-1, first.number):
+                self.state.ties.append((row, first.ids[: first.number]))
+        return known
 
     def _withdraw(self, sites: Sequence[SizeSite]) -> None:
         drop = {id(site) for site in sites}
@@ -239,6 +256,7 @@ class _Search:
     ) -> None:
         self.stage, self.recording = stage, recording
         self.grouping, self.keep = grouping, keep
+        self.left = SEARCHES
 
     def marks(self, faults: Sequence[Fault], what: str) -> list[Mark]:
         """A mark on every group that causes one of these faults when it is cut alone."""
@@ -263,6 +281,10 @@ class _Search:
     def _culprits(
         self, places: set[tuple[str, Kind]], numbers: list[int]
     ) -> Iterator[tuple[int, str]]:
+        if not self.left:  # rather too much than too long
+            yield from ((number, min(place for place, _ in places)) for number in numbers)
+            return
+        self.left -= 1
         prediction = Prediction(self.grouping, {n: self.keep[n] for n in numbers})
         found = rehearse(self.stage, self.recording, prediction)
         here = sorted({f.place for f in found if (f.place, f.kind) in places})

@@ -182,7 +182,7 @@ class Propagation:
         uses by its position: it can never go.
         """
         kept = []
-        for layer in layers:
+        for layer in layers if 0 not in value.shape else ():
             if layer.dim in layer.dims:
                 kept.append(layer)
             elif value.shape[layer.dim] == 1 or not layer.dims:

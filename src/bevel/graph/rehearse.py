@@ -54,6 +54,7 @@ class Kind(Enum):
 
     HERE = "a size does not follow the tensors here"
     ELSEWHERE = "a size follows tensors from elsewhere in the network"
+    RAISED = "the network's own code raises an error"
     PATH = "the code takes another path"
     NUMBER = "a number that is no size is computed from a size"
 
@@ -427,6 +428,8 @@ class _Rehearsal(TorchFunctionMode):
         for leaf, value in zip(leaves, expected, strict=True):
             if isinstance(value, Value):
                 want = self.prediction.shape(value)
+                if 0 in value.shape:  # nothing is in it, so it has no ids
+                    continue
                 if not isinstance(leaf, Tensor) or tuple(leaf.shape) != want:
                     got = tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
                     return f"its shape would be {got} instead of {want}"
@@ -440,9 +443,9 @@ class _Rehearsal(TorchFunctionMode):
             return
         for offset, (_, integers) in enumerate(seen.calls):
             position = frame.calls.start + offset
-            for _, extent in self.prediction.state.expected.get(position, ()):
-                want = self.prediction.length((extent,))
-                if want not in integers and want - extent.ids.size not in integers:
+            for number, extent in self.prediction.state.expected.get(position, ()):
+                want = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
+                if want not in integers:
                     yield f"it uses positions {sorted(integers)}, expected {want}"
 
     # -- faults ---------------------------------------------------------------------------
@@ -496,8 +499,8 @@ class _Rehearsal(TorchFunctionMode):
             names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
             written=tuple(w for v in values for w in self._of(v) if w.predicted != w.number),
             blamed=tuple(blamed),
-            error=one_line(error, 120),
-            kind=Kind.HERE,
+            error=one_line(error, 120) or type(error).__name__,
+            kind=Kind.RAISED,
         )
 
     def _recent(self) -> list[Value]:

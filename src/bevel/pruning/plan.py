@@ -152,11 +152,10 @@ def runs_of(kept: np.ndarray | Sequence[int]) -> str:
     array = np.asarray(kept, dtype=np.int64)
     if array.size == 0:
         return ""
-    starts = np.flatnonzero(np.r_[True, np.diff(array) != 1])
-    ends = np.r_[starts[1:], array.size] - 1
+    breaks = np.flatnonzero(np.diff(array) != 1)
+    first, last = array[np.append(0, breaks + 1)], array[np.append(breaks, -1)]
     return ",".join(
-        str(array[a]) if a == b else f"{array[a]}-{array[b]}"
-        for a, b in zip(starts, ends, strict=True)
+        str(a) if a == b else f"{a}-{b}" for a, b in zip(first.tolist(), last.tolist(), strict=True)
     )
 
 
@@ -206,12 +205,17 @@ def make_plan(
             key = (axis.tensor, axis.dim)
             masks[key] = masks[key] & stays if key in masks else stays
     tensors: dict[str, TensorCut] = {}
+    known: dict[bytes, str] = {}
+
+    def kept_runs(stays: np.ndarray) -> str:
+        """The runs of a mask; most masks are those of several tensors."""
+        key = stays.tobytes()
+        if key not in known:
+            known[key] = runs_of(np.flatnonzero(stays))
+        return known[key]
+
     for (name, dim), stays in masks.items():
-        runs = (
-            runs_of(np.flatnonzero(stays))
-            if stays.ndim == 1
-            else [runs_of(np.flatnonzero(block)) for block in stays]
-        )
+        runs = kept_runs(stays) if stays.ndim == 1 else [kept_runs(block) for block in stays]
         cut = tensors.get(name)
         shape = list(analysis.shapes[name])
         tensors[name] = TensorCut(shape=shape, keep={**(cut.keep if cut else {}), dim: runs})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from bevel.core import plugins
 from bevel.core.errors import PruningError
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
-from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank
+from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
 from bevel.pruning.plan import PruningPlan, make_plan
-from bevel.pruning.scoring import score_groups
+from bevel.pruning.scoring import check_reduction, score_groups
 from bevel.pruning.sensitivity import Sensitivity
 
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
@@ -27,6 +28,7 @@ def plan_pruning(
     *,
     criterion: str = "l2",
     allocate: str = "global",
+    reduction: str = "mean",
     ratio: float | None = None,
     budget: Mapping[str, float] | None = None,
     align: int = 8,
@@ -41,23 +43,28 @@ def plan_pruning(
         example_inputs: a tensor or the forward's positional arguments.
         criterion: how channels are scored (`bevel list criteria`).
         allocate: how the cut is spread over the groups (`bevel list allocators`).
+        reduction: how the scores of a group's members become one: mean, max, product (their
+            geometric mean), or first (the producer's filters only, as pruning layer by layer does).
         ratio: what is removed, as a share of the prunable channels (0.5: half of them).
         budget: what may remain, as fractions ({"macs": 0.5, "params": 0.6}); all must hold.
         align: widths become multiples of this, by keeping the best extra channels; a group that
-            is no wider keeps its width.
+            is no wider keeps its width. Of attention heads it is the width of one head, and whole
+            heads go one by one.
         ignore: module names or globs whose output channels all stay.
         calibration: re-iterable batches of (images (N, C, H, W), labels (N,)), held out from
             training, for allocators that measure.
         seed: for criteria that draw random numbers.
 
     Raises:
-        PruningError: the request contradicts itself or cannot be met; says what can be.
+        PruningError: the request contradicts itself or cannot be met; says what can be, in
+            words and in the attribute `reachable`.
         UnknownNameError: no such criterion or allocator.
         ModelError: the network does not run on the example inputs.
     """
     limits = _limits(ratio, budget)
     allocator: Allocator = plugins.load("allocators", allocate)
     plugins.find("criteria", criterion)
+    check_reduction(reduction)
     if align < 1:
         raise PruningError(f"align is {align}, expected 1 or more")
     if allocator.NEEDS_CALIBRATION and calibration is None:
@@ -65,27 +72,24 @@ def plan_pruning(
             f"the allocator '{allocate}' measures on held-out images: pass calibration"
         )
     analysis = analyze(net, example_inputs, ignore=ignore)
-    scores = score_groups(net, analysis, criterion, seed=seed)
+    scores = score_groups(net, analysis, criterion, reduction=reduction, seed=seed)
     request: dict[str, Any] = {
         "criterion": criterion,
         "allocate": allocate,
+        "reduction": reduction,
         "align": align,
         "seed": seed,
     }
     request |= {"ratio": ratio} if ratio is not None else {"budget": dict(budget or {})}
-    groups = [
-        rank(i, g, scores[i], align)
-        for i, g in enumerate(analysis.groups)
-        if g.frozen is None and i in scores
-    ]
+    groups = rank_all(analysis, scores, align)
     open_groups = [group for group in groups if len(group.levels) > 1]
-    problem = Problem(analysis, open_groups, limits)
+    notes = _notes(analysis, _reasons(analysis, groups, criterion))
+    problem = Problem(analysis, open_groups, limits, notes=notes)
     if allocator.NEEDS_CALIBRATION and calibration is not None:
         degradation = Sensitivity(net, analysis, calibration)
         problem = dataclasses.replace(problem, degradation=degradation)
     kept = allocator.allocate(problem)
     keep = {g.index: g.keep_mask(int(k)) for g, k in zip(open_groups, kept, strict=True)}
-    notes = _notes(analysis, scores, groups, criterion, align)
     return make_plan(analysis, keep, request=request, notes=notes)
 
 
@@ -109,21 +113,58 @@ def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str
     return limits
 
 
-def _notes(
-    analysis: Analysis,
-    scores: Mapping[int, np.ndarray],
-    groups: Sequence[RankedGroup],
-    criterion: str,
-    align: int,
-) -> list[str]:
-    """What stays whole and why, dearest first."""
+def _reasons(
+    analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str
+) -> dict[int, str]:
+    """Why groups stay whole, by their position."""
     reasons = {i: g.frozen for i, g in enumerate(analysis.groups) if g.frozen is not None}
-    for index, group in enumerate(analysis.groups):
-        if group.frozen is None and index not in scores:
+    reasons |= {group.index: group.fixed_reason() for group in ranked if len(group.levels) == 1}
+    scored = {group.index for group in ranked}
+    for index in range(len(analysis.groups)):
+        if index not in reasons and index not in scored:
             reasons[index] = f"the criterion '{criterion}' has nothing to score in it"
-    for ranked in groups:
-        if len(ranked.levels) == 1:
-            reasons[ranked.index] = ranked.fixed_reason(align)
-    touched = analysis.macs_touched()
-    order = sorted(reasons, key=lambda index: -touched[index])
-    return [f"{analysis.groups[i].name} ({analysis.groups[i].size}): {reasons[i]}" for i in order]
+    return reasons
+
+
+def _notes(analysis: Analysis, reasons: Mapping[int, str]) -> list[str]:
+    """What stays whole and why, dearest first; groups that stay for one reason share a line.
+
+    Reasons are one if they differ only in the numbers of module names, as in the blocks of a
+    network. A line's share of the MACs is that of all calls which its groups touch.
+    """
+    alike: dict[str, list[int]] = {}
+    for index, reason in reasons.items():
+        alike.setdefault(_NUMBER.sub("*", reason), []).append(index)
+    shares = _shares_touched(analysis, list(alike.values()))
+    lines = []
+    for (reason, indices), share in zip(alike.items(), shares, strict=True):
+        groups = [analysis.groups[index] for index in indices]
+        if len({reasons[index] for index in indices}) == 1:
+            reason = reasons[indices[0]]
+        name, sizes = groups[0].name, sorted({group.size for group in groups})
+        if len(groups) > 1:
+            name += f" and {len(groups) - 1} more"
+        width = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+        touched = f"{share:.0%}" if share >= 0.01 else "under 1%"
+        lines.append((share, f"{name} ({width}; {touched} of MACs): {reason}"))
+    lines.sort(key=lambda line: -line[0])
+    return [line for _, line in lines]
+
+
+_NUMBER = re.compile(r"(?<=[A-Za-z_][._])\d+|(?<=[A-Za-z])\d+(?=\.|\b)")
+"""Numbers in the names of modules: `blocks.3.attn`, `encoder_layer_3`, `layer1.0`."""
+
+
+def _shares_touched(analysis: Analysis, sets: Sequence[Sequence[int]]) -> list[float]:
+    """For each set of groups, the share of the MACs in calls whose size depends on any of them."""
+    set_of = np.full(len(analysis.groups) + 1, -1)
+    for number, indices in enumerate(sets):
+        set_of[list(indices)] = number
+    everything = analysis.shares(analysis.full())
+    macs = np.zeros(len(sets))
+    for term in analysis.macs:
+        touched = np.concatenate([length.groups.reshape(-1) for length in term.lengths] or [[]])
+        numbers = np.unique(set_of[touched.astype(np.int64)])
+        macs[numbers[numbers >= 0]] += term.at(everything)
+    shares: list[float] = (macs / max(analysis.cost().macs, 1)).tolist()
+    return shares

@@ -11,12 +11,13 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from bevel.core.errors import PruningError
-from bevel.core.records import Cost
+from bevel.core.errors import PruningError, one_line
+from bevel.graph.cost import Total
 from bevel.graph.couplings import Analysis, ChannelGroup
 
 LAST_SHARE = 0.1
@@ -24,6 +25,10 @@ LAST_SHARE = 0.1
 
 PROBES = 8
 """Allocators that measure do so at no more than this many widths of a group."""
+
+
+REASONS = 3
+"""An error says of no more than this many groups why they stay whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,7 @@ class RankedGroup:
         rows: (n, units per row) unit positions, lowest score first.
         scores: (n,) scores of the rows, ascending.
         levels: the row counts that may be kept, descending; the first is n.
+        step: all levels but the first are multiples of this.
     """
 
     index: int
@@ -43,22 +49,33 @@ class RankedGroup:
     rows: np.ndarray
     scores: np.ndarray
     levels: np.ndarray
+    step: int = 1
 
     @property
     def size(self) -> int:
         """Number of rows."""
         return len(self.rows)
 
+    @cached_property
+    def _ascending(self) -> np.ndarray:
+        return self.levels[::-1]
+
     def fit(self, wanted: float) -> int:
         """The smallest allowed number of rows that keeps at least `wanted`."""
-        enough = self.levels[self.levels >= min(wanted, self.size) - 1e-9]
-        return int(enough[-1])
+        return int(self._ascending[self._ascending.searchsorted(min(wanted, self.size) - 1e-9)])
 
-    def fixed_reason(self, align: int) -> str:
+    def above(self, level: int) -> int | None:
+        """The next larger allowed number of rows, or None."""
+        position = int(self._ascending.searchsorted(level, side="right"))
+        return int(self._ascending[position]) if position < len(self.levels) else None
+
+    def fixed_reason(self) -> str:
         """Why there is no smaller width."""
         blocks = self.rows.shape[1]
-        equal = f" in {blocks} equal blocks" if blocks > 1 else ""
-        return f"no width below {self.rows.size}{equal} is a multiple of {align}"
+        if self.size == 1:
+            return "none of it is left if it shrinks"
+        equal = f" in each of {blocks} equal blocks" if blocks > 1 else ""
+        return f"no width below {self.size}{equal} is a multiple of {self.step}"
 
     def keep_mask(self, kept: int) -> np.ndarray:
         """Boolean mask over the group's units that keeps the best `kept` rows."""
@@ -67,8 +84,34 @@ class RankedGroup:
         return mask
 
 
-def rank(index: int, group: ChannelGroup, scores: np.ndarray, align: int) -> RankedGroup:
-    """Order a group's rows by score, and list the widths that `align` allows."""
+def inside_runs(analysis: Analysis) -> set[int]:
+    """The groups whose units lie inside the runs of others, as the channels of a head do."""
+    runs: dict[tuple[str, int, int], np.ndarray] = {}
+    for group in analysis.groups:
+        for axis in group.axes if group.runs else ():
+            key = (axis.tensor, axis.dim, axis.units.ndim)
+            runs[key] = runs.get(key, False) | (axis.units >= 0)
+    return {
+        index
+        for index, group in enumerate(analysis.groups)
+        if not group.runs
+        and any(
+            bool(((axis.units >= 0) & runs[key]).any())
+            for axis in group.axes
+            if (key := (axis.tensor, axis.dim, axis.units.ndim)) in runs
+        )
+    }
+
+
+def rank(
+    index: int, group: ChannelGroup, scores: np.ndarray, align: int, *, inside: bool = False
+) -> RankedGroup:
+    """Order a group's rows by score, and list the widths that `align` allows.
+
+    The width that has to be a multiple of `align` is that of all blocks together; of a group
+    `inside` runs it is the width of one run, so that it stays aligned however many runs go.
+    Whole runs go one by one.
+    """
     if group.blocks is None:
         order = np.argsort(scores, kind="stable")
         rows, row_scores = order[:, None], scores[order]
@@ -77,11 +120,28 @@ def rank(index: int, group: ChannelGroup, scores: np.ndarray, align: int) -> Ran
         rows = np.take_along_axis(group.blocks, within, axis=1).T
         row_scores = scores[rows].mean(axis=1)
     n = len(rows)
-    step = align // math.gcd(align, rows.shape[1])
+    if group.runs:
+        step = 1
+    elif inside:
+        step = align
+    else:
+        step = align // math.gcd(align, rows.shape[1])
     least = max(step, math.ceil(LAST_SHARE * n))
     multiples = np.arange(n // step * step, 0, -step)
     levels = np.unique(np.r_[n, multiples[multiples >= least]])[::-1]
-    return RankedGroup(index, group.name, rows, row_scores, levels)
+    return RankedGroup(index, group.name, rows, row_scores, levels, step)
+
+
+def rank_all(
+    analysis: Analysis, scores: Mapping[int, np.ndarray], align: int
+) -> list[RankedGroup]:
+    """Every group that has scores, ranked, whether or not it has a smaller width."""
+    inside = inside_runs(analysis)
+    return [
+        rank(index, analysis.groups[index], value, align, inside=index in inside)
+        for index, value in sorted(scores.items())
+        if analysis.groups[index].frozen is None
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,40 +154,58 @@ class Problem:
         limits: what may remain as fractions of the original: "macs", "params", "channels".
         degradation: for a ranked group and a number of kept rows, how much worse the network is
             with only that group pruned; None without calibration data.
+        notes: what stays whole and why, dearest first; for the error where the limits cannot be
+            met.
     """
 
     analysis: Analysis
     groups: Sequence[RankedGroup]
     limits: Mapping[str, float]
     degradation: Callable[[RankedGroup, int], float] | None = None
-    _original: Cost = field(init=False)
+    notes: Sequence[str] = ()
+    _costs: dict[str, _Cost] = field(init=False, default_factory=dict)
+    _shares: np.ndarray = field(init=False)
+    _indices: np.ndarray = field(init=False)
+    _blocks: np.ndarray = field(init=False)
+    _sizes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_original", self.analysis.cost())
+        def numbers(values: Sequence[int]) -> np.ndarray:
+            return np.array(values, dtype=np.int64)
+
+        found = {
+            "_shares": self.analysis.shares(self.analysis.full()),
+            "_indices": numbers([group.index for group in self.groups]),
+            "_blocks": numbers([group.rows.shape[1] for group in self.groups]),
+            "_sizes": numbers([group.rows.size for group in self.groups]),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def all_kept(self) -> np.ndarray:
         """Kept rows when nothing is removed."""
         return np.array([group.size for group in self.groups], dtype=np.int64)
 
+    def fraction(self, name: str, kept: np.ndarray) -> float:
+        """What remains of one quantity, as a fraction of the original."""
+        units = np.asarray(kept) * self._blocks
+        if name == "channels":
+            return float(units.sum() / max(self._sizes.sum(), 1))
+        if name not in self._costs:
+            self._costs[name] = _Cost(Total(getattr(self.analysis, name)), self._shares)
+        shares = self._shares.copy()
+        shares[self._indices] = units / self._sizes
+        return self._costs[name].fraction(shares)
+
     def fractions(self, kept: np.ndarray) -> dict[str, float]:
-        """What remains of each limited quantity, as fractions of the original."""
-        units = self.analysis.full()
-        channels = total = 0
-        for group, rows in zip(self.groups, kept, strict=True):
-            units[group.index] = rows * group.rows.shape[1]
-            channels += int(units[group.index])
-            total += group.rows.size
-        cost = self.analysis.cost(units)
-        return {
-            "macs": cost.macs / max(self._original.macs, 1),
-            "params": cost.params / max(self._original.params, 1),
-            "channels": channels / max(total, 1),
-        }
+        """What remains of each quantity, as fractions of the original."""
+        return {name: self.fraction(name, kept) for name in ("macs", "params", "channels")}
 
     def meets(self, kept: np.ndarray) -> bool:
         """Whether every limit holds."""
-        fractions = self.fractions(kept)
-        return all(fractions[name] <= limit + 1e-12 for name, limit in self.limits.items())
+        return all(
+            self.fraction(name, kept) <= limit + 1e-12 for name, limit in self.limits.items()
+        )
 
     def first_that_meets(
         self, candidates: Sequence[float], at: Callable[[float], np.ndarray]
@@ -139,9 +217,7 @@ class Problem:
         """
         low, high = 0, len(candidates) - 1
         if high < 0 or not self.meets(at(candidates[high])):
-            raise PruningError(
-                self._unreachable(at(candidates[high]) if high >= 0 else self.all_kept())
-            )
+            raise self._unreachable(at(candidates[high]) if high >= 0 else self.all_kept())
         while low < high:
             middle = (low + high) // 2
             if self.meets(at(candidates[middle])):
@@ -160,11 +236,10 @@ class Problem:
         heap: list[tuple[float, int, int]] = []
 
         def offer(position: int) -> None:
-            group = self.groups[position]
-            larger = group.levels[group.levels > kept[position]]
-            if larger.size:
-                level = int(larger[-1])
-                heapq.heappush(heap, (-worth(group, level), position, level))
+            level = self.groups[position].above(int(kept[position]))
+            if level is not None:
+                worthy = worth(self.groups[position], level)
+                heapq.heappush(heap, (-worthy, position, level))
 
         for position in range(len(self.groups)):
             offer(position)
@@ -178,27 +253,31 @@ class Problem:
                 kept[position] = before
         return kept
 
-    def _unreachable(self, kept: np.ndarray) -> str:
-        """Why the limits cannot be met: what is reachable, and the dearest reasons."""
+    def _unreachable(self, kept: np.ndarray) -> PruningError:
+        """Why the limits cannot be met: what can be reached, and the dearest reasons."""
         fractions = self.fractions(kept)
         asked = ", ".join(f"{name} <= {100 * limit:.3g}%" for name, limit in self.limits.items())
         reach = ", ".join(f"{name} {100 * fractions[name]:.3g}%" for name in self.limits)
-        touched = self.analysis.macs_touched()
-        open_indices = {group.index for group in self.groups}
-        stuck = sorted(
-            (i for i in range(len(self.analysis.groups)) if i not in open_indices),
-            key=lambda i: -touched[i],
-        )[:3]
-        groups = self.analysis.groups
-        reasons = "; ".join(
-            f"{groups[i].name}: {groups[i].frozen or 'nothing to score or too narrow'}"
-            for i in stuck
-        )
-        return (
+        reasons = "; ".join(one_line(note, 130) for note in self.notes[:REASONS])
+        more = len(self.notes) - REASONS
+        reasons += f"; and {more} more" if more > 0 else ""
+        return PruningError(
             f"asked for {asked}, but only {reach} can be reached"
-            + (f" (kept whole: {reasons})" if reasons else "")
-            + "; ask for less, or lower align"
+            + (f" (kept whole, dearest first: {reasons})" if reasons else "")
+            + "; ask for less, or lower align",
+            reachable=fractions,
         )
+
+
+class _Cost:
+    """One quantity of the network, as `Analysis.cost` rounds it."""
+
+    def __init__(self, total: Total, shares: np.ndarray) -> None:
+        self._total, self._original = total, max(round(total.at(shares)), 1)
+
+    def fraction(self, shares: np.ndarray) -> float:
+        """What remains with these kept shares per group, as a fraction of the original."""
+        return round(self._total.at(shares)) / self._original
 
 
 class Allocator(Protocol):

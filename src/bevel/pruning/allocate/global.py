@@ -17,7 +17,10 @@ def allocate(problem: Problem) -> np.ndarray:
 
     def at(threshold: float) -> np.ndarray:
         return np.array(
-            [group.fit(float((group.scores > threshold).sum())) for group in problem.groups],
+            [
+                group.fit(group.size - int(group.scores.searchsorted(threshold, side="right")))
+                for group in problem.groups
+            ],
             dtype=np.int64,
         )
 

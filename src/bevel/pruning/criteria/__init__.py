@@ -1,61 +1,64 @@
 """Criteria: how much a channel matters. One file each; the file name is the criterion's name.
 
-A criterion has `COMPARABLE` (whether its scores mean the same in every layer; if not they are
-divided by the group's mean) and `score`.
+A criterion scores rows of weights of certain roles. `bevel.pruning.scoring` finds the rows that
+belong to a group's units and reduces the scores of its members to one per unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Set
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+PIECE = 1 << 16
+"""Weights that are looked at in one go: they stay in the processor's cache."""
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """The slices of one parameter that belong to a group's units, one row each.
-
-    Attributes:
-        tensor: the parameter's name.
-        role: "filter" (what makes the channel), "input" (what reads it), "norm" (the scale of a
-            normalisation) or "bias".
-        rows: (n, k) weights; row i belongs to unit `units[i]`.
-        units: (n,) positions of the units in the group.
-    """
-
-    tensor: str
-    role: str
-    rows: Tensor
-    units: Tensor
+ANY_WEIGHT = ({"filter", "input"}, {"norm"}, {"other", "bias"})
+"""For criteria of magnitude: what makes and reads a channel, else whatever belongs to it."""
 
 
 class Criterion(Protocol):
-    """What a criterion's module offers."""
+    """What a criterion's module offers.
+
+    Attributes:
+        COMPARABLE: whether a score means the same in every tensor of the network. If not, the
+            scores of each tensor are divided by their mean.
+        ROLES: which members of a group are scored: those of the first set of roles that the group
+            has any of. "filter" makes the channel, "input" reads it, "norm" is the scale of a
+            normalisation, "bias" is added to it, "other" is none of these (position embeddings,
+            class tokens, scales of layers); "unit" stands for the units themselves, as a vector
+            of ones, for criteria that look at no weights.
+    """
 
     COMPARABLE: bool
+    ROLES: tuple[Set[str], ...]
 
-    def score(
-        self, members: Sequence[Member], size: int, generator: torch.Generator
-    ) -> Tensor | None:
-        """Scores of shape (size,), low for what can go; None if there is nothing to score."""
+    def score(self, weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """One score per row, low for what can go: `weight` without the dimensions `over`."""
 
 
-def per_unit(
-    members: Sequence[Member], role: str, size: int, measure: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Mean over a group's members of `measure` ((n, k) rows -> (n,) scores), per unit: (size,).
+def sums(weight: Tensor, over: tuple[int, ...], element: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of `element(weight)` over these dimensions (at least one), float64.
 
-    None if no member has that role.
+    Goes through the weight in pieces, so that no copy of it is made.
     """
-    total = torch.zeros(size, dtype=torch.float64)
-    count = torch.zeros(size, dtype=torch.float64)
-    for member in members:
-        if member.role == role:
-            total.index_add_(0, member.units, measure(member.rows).double())
-            count.index_add_(0, member.units, torch.ones(len(member.units), dtype=torch.float64))
-    if not bool(count.any()):
-        return None
-    return total / count.clamp(min=1)
+    row = max(weight[:1].numel(), 1)
+    pieces = (
+        element(piece if piece.element_size() >= 4 else piece.float())
+        for piece in weight.split(max(PIECE // row, 1))
+    )
+    if 0 not in over:
+        return torch.cat([piece.sum(over).double() for piece in pieces])
+    total = torch.zeros(weight.shape[1:], dtype=torch.float64, device=weight.device)
+    for piece in pieces:
+        total += piece.sum(0)
+    rest = tuple(dim - 1 for dim in over if dim > 0)
+    return total.sum(rest) if rest else total
+
+
+def means(weight: Tensor, over: tuple[int, ...], element: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of `element(weight)` over these dimensions (at least one), float64."""
+    return sums(weight, over, element) / math.prod(weight.shape[dim] for dim in over)

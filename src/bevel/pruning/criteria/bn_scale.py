@@ -1,22 +1,21 @@
 """Absolute scale of the batch norm behind a filter.
 
-score_j = |gamma_j|. A group without a batch norm has nothing to score and keeps its channels.
+score_j = |gamma_j|. A group without a normalisation has nothing to score and keeps its channels.
 
 Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from bevel.pruning.criteria import Member, per_unit
+from bevel.pruning.criteria import means
 
 COMPARABLE = True
+ROLES = ({"norm"},)
 
 
-def score(members: Sequence[Member], size: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG001
-    """Absolute batch-norm scales, shape (size,); None without a batch norm."""
-    return per_unit(members, "norm", size, lambda rows: rows.abs().mean(dim=1))
+def score(weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """Absolute scale of each channel."""
+    return means(weight, over, torch.abs)

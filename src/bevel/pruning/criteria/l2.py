@@ -1,22 +1,21 @@
 """Euclidean norm of a filter.
 
-score_j = sqrt(sum_k w_jk^2), with k over the filter's weights.
+score_j = sqrt(sum_k w_jk^2), with k over the filter's weights; what reads channel j counts alike.
 
 He et al., "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", IJCAI 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from bevel.pruning.criteria import Member, per_unit
+from bevel.pruning.criteria import ANY_WEIGHT, sums
 
 COMPARABLE = False
+ROLES = ANY_WEIGHT
 
 
-def score(members: Sequence[Member], size: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG001
-    """L2 norms of the filters, shape (size,)."""
-    return per_unit(members, "filter", size, lambda rows: rows.norm(dim=1))
+def score(weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """L2 norm of each row."""
+    return sums(weight, over, torch.square).sqrt()

@@ -8,16 +8,15 @@ The published formula of Mean Weight is not public beyond its abstract; this is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from bevel.pruning.criteria import Member, per_unit
+from bevel.pruning.criteria import ANY_WEIGHT, means
 
 COMPARABLE = True
+ROLES = ANY_WEIGHT
 
 
-def score(members: Sequence[Member], size: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG001
-    """Mean absolute weights of the filters, shape (size,)."""
-    return per_unit(members, "filter", size, lambda rows: rows.abs().mean(dim=1))
+def score(weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:  # noqa: ARG001
+    """Mean absolute weight of each row."""
+    return means(weight, over, torch.abs)

@@ -5,16 +5,14 @@ score_j ~ U(0, 1), from the run's seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from bevel.pruning.criteria import Member
-
 COMPARABLE = True
+ROLES = ({"unit"},)
 
 
-def score(members: Sequence[Member], size: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG001
-    """Random scores, shape (size,)."""
-    return torch.rand(size, generator=generator, dtype=torch.float64)
+def score(weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random numbers, one per row."""
+    rows = [size for dim, size in enumerate(weight.shape) if dim not in over]
+    return torch.rand(rows, generator=generator, dtype=torch.float64)
