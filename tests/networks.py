@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -14,14 +15,20 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in net.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise / max(1, parameter[0].numel()) ** 0.5)
+            parameter.copy_(noise / _fan_in(parameter) ** 0.5)
         for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _NormBase) and module.track_running_stats:
                 for tensor in (module.weight, module.running_var):
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                    if tensor is not None:
+                        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
                 for tensor in (module.bias, module.running_mean):
-                    tensor.copy_(torch.randn(tensor.shape, generator=generator) / 2)
+                    if tensor is not None:
+                        tensor.copy_(torch.randn(tensor.shape, generator=generator) / 2)
     return net.eval()
+
+
+def _fan_in(parameter: Tensor) -> int:
+    return max(1, parameter[0].numel()) if parameter.ndim else 1
 
 
 def conv(inputs: int, outputs: int, **options: int) -> nn.Sequential:

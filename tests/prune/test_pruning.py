@@ -117,7 +117,7 @@ def test_sizes_written_in_forward_are_found_and_protected():
     net = randomise(HardWired())
     plan = plan_for(net, allocate="uniform", budget={"macs": 0.6})
     note = next(note for note in plan.notes if note.startswith("features.2.0"))
-    assert "its size is fixed in the network's code" in note
+    assert "its size is written in the code" in note
     bevel.verify_pruning(net, bevel.prune(net, plan), plan, EXAMPLE)
 
 

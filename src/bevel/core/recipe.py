@@ -148,11 +148,20 @@ class PruneStep(Section):
 
     criterion: str = Field(default="l2", description="see: bevel list criteria")
     allocate: str = Field(default="global", description="see: bevel list allocators")
+    reduction: Literal["mean", "max", "product", "first"] = Field(
+        default="mean",
+        description="how the scores of all that goes with a channel become one; first: only those "
+        "of the layer that makes it",
+    )
     budget: Budget | None = Field(default=None, description="what may remain: macs: 0.5")
     ratio: float | None = Field(
         default=None, gt=0, lt=1, description="what is removed: share of the channels"
     )
-    align: int = Field(default=8, ge=1, description="widths become multiples of this")
+    align: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=8,
+        description="widths become multiples of this; auto: the largest step that a target's "
+        "runtime likes",
+    )
     ignore: list[str] = Field(
         default_factory=list, description="module names (globs) whose channels all stay"
     )

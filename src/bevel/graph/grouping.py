@@ -7,7 +7,7 @@ another and a group's cost depends only on how many of its units stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,12 +181,13 @@ class Grouping:
         live = ids != 0
         keys = self.class_of[ids[live]] * len(self.entries) + labels[live]
         pairs, counts = np.unique(keys, return_counts=True)
-        classes = pairs // len(self.entries)
-        known: dict[bytes, int] = {}
-        rows = np.stack([pairs % len(self.entries), counts], axis=1)
+        classes, axes = pairs // len(self.entries), pairs % len(self.entries)
         starts = np.flatnonzero(np.r_[True, np.diff(classes) != 0])
-        for start, end in zip(starts, np.r_[starts[1:], len(rows)], strict=True):
-            numbers[classes[start]] = known.setdefault(rows[start:end].tobytes(), len(known))
+        # A class's signature is a set of (axis, count) pairs: two sums of 64-bit hashes name it.
+        mixed = _mixed(axes.astype(np.uint64) << np.uint64(32) | counts.astype(np.uint64))
+        sums = np.stack([np.add.reduceat(part, starts) for part in (mixed, _mixed(mixed))], axis=1)
+        _, names = np.unique(sums.view("u8,u8").reshape(-1), return_inverse=True)
+        numbers[classes[starts]] = names
         return numbers
 
     def _resolve_blocks(self) -> list[np.ndarray]:
@@ -294,30 +295,39 @@ class Grouping:
         }
         ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
         classes, first = np.unique(self.class_of[ids[ids != 0]], return_index=True)
-        members: dict[tuple[int, str | None, str | None, int], list[int]] = {}
-        for index in classes[np.argsort(first, kind="stable")]:
-            number = int(index)
-            key = (
-                int(signatures[number]),
-                self._reasons.get(number),
-                self._inexact.get(number),
-                constraint_of.get(number, -1),
-            )
-            members.setdefault(key, []).append(number)
-        for number, units in enumerate(members.values()):
-            group_of[units] = number
+        order = classes[np.argsort(first, kind="stable")]
+        table = np.stack(
+            [
+                signatures[order],
+                _numbered(self._reasons, count)[order],
+                _numbered(self._inexact, count)[order],
+                _indexed(constraint_of, count)[order],
+            ],
+            axis=1,
+        )
+        _, start, group = np.unique(table, axis=0, return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(start))
+        group_of[order] = rank[group.reshape(-1)]
+        members = [order[group_of[order] == number] for number in range(len(start))]
+        for units in members:
             position[units] = np.arange(len(units))
         touching, runs = self._axes_by_group(group_of, position, len(members))
         names = _names(touching)
         groups = []
-        for number, ((_, reason, inexact, constraint), units) in enumerate(members.items()):
-            blocks = position[self._blocks[constraint]] if constraint >= 0 else None
+        for number, units in enumerate(members):
+            unit = int(units[0])
+            constraint = constraint_of.get(unit, -1)
             groups.append(
                 ChannelGroup(
-                    names[number], len(units), tuple(touching[number]), blocks, reason, inexact,
-                    runs[number],
+                    name=names[number],
+                    size=len(units),
+                    axes=tuple(touching[number]),
+                    blocks=position[self._blocks[constraint]] if constraint >= 0 else None,
+                    frozen=self._reasons.get(unit),
+                    inexact=self._inexact.get(unit),
+                    runs=runs[number],
                 )
-            )  # fmt: skip
+            )
         return group_of, position, groups
 
     def _axes_by_group(
@@ -354,6 +364,12 @@ class Grouping:
         flat = extent.ids.reshape(-1)
         divisor = extent.ids.shape[0] if extent.ids.ndim == 2 else 1
         rows, _ = self.members(Extent(flat, extent.level))
+        if rows.shape[1] == 1:
+            totals = np.bincount(rows[:, 0] + 1, minlength=len(self.groups) + 1)
+            used = np.flatnonzero(totals[1:])
+            return Length(
+                float(totals[0]) / divisor, totals[1:][used] / divisor, used.reshape(-1, 1)
+            )
         table, counts = np.unique(rows, axis=0, return_counts=True)
         free = (table < 0).all(axis=1)
         return Length(
@@ -386,6 +402,28 @@ class Grouping:
         for held in self.nodes(every):
             whole &= own[held]
         return own, whole
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spread 64-bit integers evenly: the finaliser of SplitMix64, Steele et al., OOPSLA 2014."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    spread: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    return spread
+
+
+def _numbered(reasons: Mapping[int, str], count: int) -> np.ndarray:
+    """Per class, a number for its reason, -1 where there is none."""
+    known: dict[str, int] = {}
+    return _indexed({c: known.setdefault(r, len(known)) for c, r in reasons.items()}, count)
+
+
+def _indexed(numbers: Mapping[int, int], count: int) -> np.ndarray:
+    """Per class, its number, -1 where there is none."""
+    table = np.full(count, -1, dtype=np.int64)
+    table[list(numbers)] = list(numbers.values())
+    return table
 
 
 def _live(ids: np.ndarray) -> np.ndarray:

@@ -215,7 +215,7 @@ class _Operators(TorchDispatchMode):
             return known
         if type(leaf) in (list, tuple):
             return type(leaf)(self.value(item) for item in leaf)
-        if isinstance(leaf, str | int | float | bool | None):
+        if not isinstance(leaf, tuple | list | dict):  # a number, a dtype, a device
             return leaf
         return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
-from bevel.pipeline.flow import check_names, plan_step
-from bevel.pruning.allocate import PROBES, Allocator, rank
+from bevel.pipeline.flow import alignment, check_names, plan_step
+from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
 from bevel.pruning.scoring import score_groups
 
 
@@ -80,8 +79,8 @@ class Explanation(Record):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         first = next((s.prune for s in recipe.steps if s.prune is not None), None)
         analysis = analyze(net, example, ignore=first.ignore if first else ())
-        groups = _groups(net, analysis, first)
-        planned = _planned(net, example, first, recipe.seed)
+        groups = _groups(net, analysis, first, recipe)
+        planned = _planned(net, example, first, recipe)
         return Explanation(
             model=section.name,
             data=recipe.data.name,
@@ -145,24 +144,34 @@ def _data(recipe: Recipe) -> tuple[Data | None, tuple[int, ...], list[str]]:
     return data, data.input_shape, []
 
 
-def _planned(net: nn.Module, example: Tensor, step: PruneStep | None, seed: int) -> Cost | None:
+def _planned(
+    net: nn.Module, example: Tensor, step: PruneStep | None, recipe: Recipe
+) -> Cost | None:
     if step is None:
         return None
     allocator: Allocator = plugins.load("allocators", step.allocate)
     if allocator.NEEDS_CALIBRATION:
         return None
-    return plan_step(net, example, step, None, seed).after
+    return plan_step(net, example, step, None, recipe).after
 
 
-def _groups(net: nn.Module, analysis: Analysis, step: PruneStep | None) -> list[GroupLine]:
+def _groups(
+    net: nn.Module, analysis: Analysis, step: PruneStep | None, recipe: Recipe
+) -> list[GroupLine]:
     """One line per group, dearest first."""
-    scores = score_groups(net, analysis, step.criterion) if step is not None else {}
+    ranked: dict[int, RankedGroup] = {}
+    if step is not None:
+        scores = score_groups(
+            net, analysis, step.criterion, reduction=step.reduction, seed=recipe.seed
+        )
+        align = alignment(step, recipe.targets)
+        ranked = {group.index: group for group in rank_all(analysis, scores, align)}
     touched, total = analysis.macs_touched(), max(analysis.cost().macs, 1)
     lines = []
     for index, group in enumerate(analysis.groups):
         widths, reason = [group.size], group.frozen
         if reason is None and step is not None:
-            widths, reason = _widths(index, group, scores.get(index), step)
+            widths, reason = _widths(group, ranked.get(index), step)
         lines.append(
             GroupLine(
                 name=group.name,
@@ -177,13 +186,12 @@ def _groups(net: nn.Module, analysis: Analysis, step: PruneStep | None) -> list[
 
 
 def _widths(
-    index: int, group: ChannelGroup, scores: Any, step: PruneStep
+    group: ChannelGroup, ranked: RankedGroup | None, step: PruneStep
 ) -> tuple[list[int], str | None]:
-    if scores is None:
+    if ranked is None:
         return [group.size], f"the criterion '{step.criterion}' has nothing to score in it"
-    ranked = rank(index, group, scores, step.align)
     widths = [int(level) * ranked.rows.shape[1] for level in ranked.levels[1:]]
-    return (widths, None) if widths else ([group.size], ranked.fixed_reason(step.align))
+    return (widths, None) if widths else ([group.size], ranked.fixed_reason())
 
 
 class _Clock:

@@ -150,7 +150,7 @@ class Flow:
 
     def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, self.example, settings, held_out, self.recipe.seed)
+        plan = plan_step(model.net, self.example, settings, held_out, self.recipe)
         pruned = prune(model.net, plan)
         images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
@@ -240,21 +240,29 @@ def plan_step(
     example: Tensor,
     settings: PruneStep,
     calibration: LabelledBatches | None,
-    seed: int,
+    recipe: Recipe,
 ) -> PruningPlan:
-    """The plan that a prune step asks for."""
+    """The plan that a prune step of a recipe asks for."""
     return plan_pruning(
         net,
         example,
         criterion=settings.criterion,
         allocate=settings.allocate,
+        reduction=settings.reduction,
         ratio=settings.ratio,
         budget=settings.budget.limits() if settings.budget else None,
-        align=settings.align,
+        align=alignment(settings, recipe.targets),
         ignore=settings.ignore,
         calibration=calibration,
-        seed=seed,
+        seed=recipe.seed,
     )
+
+
+def alignment(settings: PruneStep, targets: Sequence[Target]) -> int:
+    """The number that widths become multiples of; `auto` asks the targets' runtimes."""
+    if settings.align == "auto":
+        return channel_step((target.runtime, target.precision) for target in targets)
+    return settings.align
 
 
 def check_names(recipe: Recipe) -> None:

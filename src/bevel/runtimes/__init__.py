@@ -32,8 +32,16 @@ class Session(Protocol):
         ...
 
 
+CHANNEL_STEP = 8
+"""The widths that suit a runtime which does not say."""
+
+
 class Runtime(Protocol):
-    """What a runtime's module offers."""
+    """What a runtime's module offers.
+
+    It may also have `channel_step(precision) -> int`: the number whose multiples are the widths
+    that it runs fast.
+    """
 
     SUFFIX: str
     PRECISIONS: tuple[str, ...]
@@ -74,6 +82,23 @@ def load_runtime(name: str, precision: str | None = None) -> Runtime:
             f"Available: {', '.join(runtime.PRECISIONS)}."
         )
     return runtime
+
+
+def channel_step(targets: Iterable[tuple[str, str]]) -> int:
+    """The largest step of channels that any of these (runtime, precision) is fast with.
+
+    Steps are powers of two, so widths of the largest suit all of them.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+        MissingDependencyError: it is not installed.
+        ExportError: it does not have that precision.
+    """
+    steps = []
+    for name, precision in targets:
+        step = getattr(load_runtime(name, precision), "channel_step", None)
+        steps.append(CHANNEL_STEP if step is None else int(step(precision)))
+    return max(steps, default=CHANNEL_STEP)
 
 
 def export(

@@ -39,6 +39,13 @@ def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
+def channel_step(precision: str) -> int:
+    """Channels that its kernels take in one go."""
+    # MLAS lays float32 convolutions out in blocks of 8 channels (16 with AVX-512); its int8
+    # matrix kernels pack weights in panels of 16 columns and pad what is left over.
+    return 16 if precision == "int8" else 8
+
+
 def export(
     net: nn.Module,
     example_inputs: tuple[Tensor, ...],
