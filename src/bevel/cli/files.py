@@ -15,7 +15,7 @@ from bevel.core import plugins
 from bevel.core import recipe as recipes
 from bevel.core.errors import ProofError, RecipeError
 from bevel.core.files import sha256
-from bevel.core.recipe import FinetuneStep, Recipe
+from bevel.core.recipe import FinetuneStep, PruneStep, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,6 +74,10 @@ def prune(
     allocate: Annotated[
         str, typer.Option(help="See: bevel list allocators.", **completing("allocators"))
     ] = "global",
+    reduction: Annotated[
+        str,
+        typer.Option(help="mean, max, product or first: over all that goes with a channel."),
+    ] = "mean",
     macs: Annotated[float | None, typer.Option(help="Share of the MACs that may remain.")] = None,
     params: Annotated[
         float | None, typer.Option(help="Share of the parameters that may remain.")
@@ -81,7 +85,13 @@ def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Share of the channels to remove; instead of a budget.")
     ] = None,
-    align: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    align: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Widths become multiples of this; auto: what the recipe's targets like.",
+        ),
+    ] = "8",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules (globs) that keep all. May be repeated.")
     ] = None,
@@ -92,11 +102,26 @@ def prune(
         typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
     ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the data.")] = None,
+    program: Annotated[
+        bool,
+        typer.Option(
+            "--program",
+            help="Write OUT's name with .pt2 too: a torch.export program, runs without the code.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Remove channels from a network, prove that nothing else changed, and save it."""
     networks.check_output(out, networks.SUFFIX)
-    request = _pruning_request(criterion, allocate, macs, params, ratio, align, ignore)
+    step = _prune_step(
+        criterion=criterion,
+        allocate=allocate,
+        reduction=reduction,
+        budget={"macs": macs, "params": params} if macs or params else None,
+        ratio=ratio,
+        align=align,
+        ignore=ignore or [],
+    )
     source = networks.read_recipe(recipe, overrides, data=data, root=root)
     if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
         raise RecipeError(
@@ -119,16 +144,30 @@ def prune(
             example,
             calibration=_validation(source, network.net),
             seed=source.seed if source else 0,
-            **request,
+            criterion=step.criterion,
+            allocate=step.allocate,
+            reduction=step.reduction,
+            budget=step.budget.limits() if step.budget else None,
+            ratio=step.ratio,
+            align=_alignment(step, source),
+            ignore=step.ignore,
         )
         pruned = bevel.prune(network.net, plan)
         proof = bevel.verify_pruning(network.net, pruned, plan, example)
         whole = network.plan.then(plan) if network.plan is not None else plan
-        bevel.save_pruned(pruned, whole, out, model=network.description())
+        bevel.save_pruned(
+            pruned,
+            whole,
+            out,
+            model=network.description(),
+            program=program,
+            example_inputs=example,
+        )
+    written = _written(out) | ({"program": str(out.with_suffix(".pt2"))} if program else {})
     if json:
         groups = [group.model_dump(mode="json") for group in plan.groups]
         console.print_json(
-            _written(out)
+            written
             | {"before": plan.before.model_dump(), "after": plan.after.model_dump()}
             | {"groups": groups, "proof": proof.model_dump(mode="json"), "notes": plan.notes}
         )
@@ -140,51 +179,41 @@ def prune(
         f"({plan.after.macs / plan.before.macs:.0%}), parameters {plan.before.params:,} -> "
         f"{plan.after.params:,} ({plan.after.params / plan.before.params:.0%})\n{_proven(proof)}"
     )
+    if program:
+        console.print_text(f"{written['program']}: torch.export.load runs it without the code")
 
 
-def _pruning_request(
-    criterion: str,
-    allocate: str,
-    macs: float | None,
-    params: float | None,
-    ratio: float | None,
-    align: int,
-    ignore: list[str] | None,
-) -> dict[str, Any]:
-    """The options checked as a recipe's prune step is, as arguments of `plan_pruning`.
+def _prune_step(**options: Any) -> PruneStep:
+    """The options checked as a recipe's prune step is.
 
     Raises:
         RecipeError: one of them is out of range, or budget and ratio are mixed up.
     """
     from pydantic import ValidationError
 
-    from bevel.core.recipe import Budget, PruneStep
-
     try:
-        budget = Budget(macs=macs, params=params) if macs or params else None
-        step = PruneStep(
-            criterion=criterion,
-            allocate=allocate,
-            budget=budget,
-            ratio=ratio,
-            align=align,
-            ignore=ignore or [],
-        )
+        return PruneStep.model_validate(options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        option = f"--{first['loc'][-1]}: " if first["loc"] else ""
+        path = [part for part in first["loc"] if part in ("macs", "params", *options)]
+        option = f"--{path[-1]}: " if path else ""
         message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:
+        if path == ["align"]:
+            message = f"expected a whole number from 1 or auto, got {options['align']}"
+        elif not path:
             message = "give --macs or --params (what may remain) or --ratio (what is removed)"
         raise RecipeError(f"{option}{message}") from error
-    return {
-        "criterion": step.criterion,
-        "allocate": step.allocate,
-        "budget": step.budget.limits() if step.budget else None,
-        "ratio": step.ratio,
-        "align": step.align,
-        "ignore": step.ignore,
-    }
+
+
+def _alignment(step: PruneStep, source: Recipe | None) -> int:
+    """The step of widths, asked of the recipe's targets where it is `auto`."""
+    if step.align != "auto":
+        return step.align
+    if source is None:
+        raise RecipeError("--align auto asks the targets of a recipe: give --recipe, or a number")
+    from bevel.pipeline.flow import alignment
+
+    return alignment(step, source.targets)
 
 
 def verify(

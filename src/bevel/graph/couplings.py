@@ -16,7 +16,7 @@ from bevel.core.records import Cost
 from bevel.graph.cost import Term, Total
 from bevel.graph.grouping import Axis, ChannelGroup, Grouping
 from bevel.graph.hardwired import PassChangedError, follow_sizes
-from bevel.graph.ops import handler
+from bevel.graph.ops import FRAME_HANDLERS, handler
 from bevel.graph.propagate import Extent, Mark, Propagation, propagate
 from bevel.graph.record import ExampleInputs, batch_size, record
 
@@ -164,7 +164,7 @@ def analyze(
     """
     for last in (False, True):
         recording = record(net, example_inputs)
-        state = propagate(net, recording, handler)
+        state = propagate(net, recording, handler, FRAME_HANDLERS)
         _ignore(state, ignore)
         try:
             grouping = follow_sizes(net, example_inputs, recording, state)

@@ -82,8 +82,9 @@ class Grouping:
     def __init__(self, state: Propagation) -> None:
         self.state = state
         self._same = classes_of(state.count, state.unions)
-        ties = [*state.ties, *self._node_ties()]
-        self._slots = self._node_slots(ties)
+        alike = self._node_ties()
+        ties = [*state.ties, *alike]
+        self._slots = self._node_slots(alike, ties)
         self._ties = ties
         self.entries = list(self._entries())
         self.class_of = classes_of(state.count, [*state.unions, *ties])
@@ -114,13 +115,17 @@ class Grouping:
                 ties.append((owner[order][repeated], owner[order][repeated + 1]))
         return ties
 
-    def _node_slots(self, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _node_slots(
+        self,
+        same: list[tuple[np.ndarray, np.ndarray]],
+        ties: list[tuple[np.ndarray, np.ndarray]],
+    ) -> np.ndarray:
         """(depth, classes): the nodes that hold each class of ids, 0 where there is none."""
         count = int(self._same.max()) + 1
         families = list(self.state.nodes.values())
         if not families:
             return np.zeros((0, count), dtype=np.int64)
-        alike = classes_of(self.state.count, ties)
+        alike = classes_of(self.state.count, same)
         nodes = classes_of(self.state.count, [*self.state.unions, *ties])
         held = np.concatenate([self._same[f.leaves].reshape(-1) for f in families])
         owner = np.concatenate([np.repeat(f.nodes, f.leaves.shape[1]) for f in families])
@@ -348,6 +353,10 @@ class Grouping:
         """The group of each id, -1 where there is none."""
         found: np.ndarray = np.where(ids == 0, -1, self._group_of[self.class_of[ids]])
         return found
+
+    def same(self, ids: np.ndarray) -> np.ndarray:
+        """Classes of ids that are one and the same index."""
+        return self._same[ids]
 
     def plain_axes(self) -> Iterator[np.ndarray]:
         """The ids of all parameter axes, those of grouped convolutions left out."""

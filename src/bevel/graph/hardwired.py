@@ -121,6 +121,7 @@ class _Resolver:
         self.modules = dict(net.named_modules())
         self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
         self.tied: set[tuple[str, str, int]] = set()
+        self.bound: dict[bytes, set[int]] = {}
         self.claims: dict[tuple[str, str], Written] = {}
 
     def tie(
@@ -149,8 +150,12 @@ class _Resolver:
         self, grouping: Grouping, inner: np.ndarray, outer: np.ndarray, reason: str
     ) -> None:
         """Each run of inner ids has the outer ones; what holds the inner ids cannot go alone."""
+        known = self.bound.setdefault(outer.tobytes(), set())
         for row in inner.reshape(-1, outer.size):
-            self.state.ties.append((row, outer))
+            classes = grouping.same(row).tolist()
+            if known.isdisjoint(classes):  # else its length follows from what was tied before
+                self.state.ties.append((row, outer))
+                known.update(classes)
         for held in grouping.nodes(inner):
             self.state.frozen.append(Mark(np.unique(held[held != 0]), reason, True))
 

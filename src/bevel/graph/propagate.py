@@ -8,17 +8,19 @@ costs (`CostTerm`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bevel.graph.layers import FIXED, Layer, along, compact
-from bevel.graph.record import Call, Recording, Value
+from bevel.graph.record import Call, Frame, Recording, Value
 
 Handler = Callable[["Propagation", Call], None]
+FrameHandler = Callable[["Propagation", Frame], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,14 +322,23 @@ class Propagation:
 
 
 def propagate(
-    net: nn.Module, recording: Recording, handlers: Callable[[Call], Handler]
+    net: nn.Module,
+    recording: Recording,
+    handlers: Callable[[Call], Handler],
+    frame_handlers: Mapping[Callable[..., Any], FrameHandler],
 ) -> Propagation:
-    """Walk through the recording once; `handlers` gives the handler of each call."""
+    """Walk through the recording once.
+
+    `handlers` gives the handler of each call; `frame_handlers` those of torch functions that do
+    more than the operators they lead to show.
+    """
     state = Propagation(net, recording)
     for position, call in enumerate(recording.calls):
         state.position = position
         handlers(call)(state, call)
+    for frame in recording.frames:
+        if frame.function in frame_handlers:
+            frame_handlers[frame.function](state, frame)
     for output in recording.outputs:
         state.freeze_value(output, "network output")
     return state
-

@@ -103,10 +103,19 @@ class Frame:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    """Positional arguments, then the values of the keyword arguments."""
+    keywords: tuple[str, ...]
+    """Names of the keyword arguments."""
     result: Any
     """What it returned, tensors replaced by `Value`s."""
     calls: slice
     module: str
+
+    def keyword(self, name: str) -> Any:
+        """A keyword argument, None where it was not given."""
+        if name not in self.keywords:
+            return None
+        return self.arguments[self.keywords.index(name) - len(self.keywords)]
 
 
 @dataclass
@@ -257,12 +266,14 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         recording = self.operators.recording
         start = len(recording.calls)
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if is_frame(func, result):
             value = self.operators.value
             calls = slice(start, len(recording.calls))
-            arguments = (*value(args), *value(tuple((kwargs or {}).values())))
-            frame = Frame(func, arguments, value(result), calls, self.operators.modules.top)
+            arguments = (*value(args), *value(tuple(kwargs.values())))
+            module = self.operators.modules.top
+            frame = Frame(func, arguments, tuple(kwargs), value(result), calls, module)
             recording.frames.append(frame)
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.progress import note
-from bevel.core.recipe import PruneStep, Recipe, TrainStep
+from bevel.core.recipe import PruneStep, Recipe, Target, TrainStep
 from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -28,7 +29,7 @@ from bevel.pruning.apply import load_pruned, prune, read_metadata, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.planning import LabelledBatches, plan_pruning
 from bevel.pruning.verify import verify_pruning
-from bevel.runtimes import export, load_runtime, open_artifact
+from bevel.runtimes import channel_step, export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bevel.core.errors import CheckpointError, PruningError, one_line
+from bevel.core.errors import CheckpointError, ExportError, PruningError, one_line
 from bevel.core.files import atomic
 from bevel.graph.attributes import get_integer, resize, set_integer
 from bevel.graph.copying import copy_with, like
+from bevel.graph.program import export_program
+from bevel.graph.record import ExampleInputs, as_arguments, as_keywords
 from bevel.pruning.plan import PruningPlan, TensorCut, indices
 
 
@@ -89,26 +92,46 @@ def _check(net: nn.Module, plan: PruningPlan) -> None:
                 raise PruningError(
                     f"the plan cuts dimension {dim} of '{name}', which has {len(shape)}"
                 )
-            blocks = runs if isinstance(runs, list) else [runs]
-            kept = [indices(block) for block in blocks]
-            if (
-                any(k.size == 0 or k[-1] >= shape[dim] for k in kept)
-                or len({k.size for k in kept}) != 1
-            ):
+            kept = _kept(name, dim, runs if isinstance(runs, list) else [runs], shape[dim])
+            if any(k.size == 0 for k in kept):
+                raise PruningError(f"the plan keeps nothing of dimension {dim} of '{name}'")
+            if len({k.size for k in kept}) != 1:
                 raise PruningError(
-                    f"the plan's indices for dimension {dim} of '{name}' are out of range or "
-                    f"uneven: the dimension has {shape[dim]}"
+                    f"the plan keeps unequal numbers in the blocks of dimension {dim} of '{name}'"
                 )
             if isinstance(runs, list) and (shape[0] % len(runs) or dim == 0):
                 raise PruningError(
                     f"the plan cuts '{name}' into {len(runs)} blocks, which do not divide it"
                 )
     for name, attributes in plan.attributes.items():
-        for attribute in attributes:
+        for attribute, value in attributes.items():
             if name not in modules or get_integer(modules[name], attribute) is None:
                 raise PruningError(
                     f"the plan sets {name}.{attribute}, which this network does not have"
                 )
+            if value < 0:
+                raise PruningError(
+                    f"the plan sets {name}.{attribute} to {value}, expected 0 or more"
+                )
+
+
+def _kept(name: str, dim: int, blocks: list[str], size: int) -> list[np.ndarray]:
+    """The kept indices of each block.
+
+    Raises:
+        PruningError: they are no ascending runs of indices below `size`.
+    """
+    for block in blocks:  # before the runs are written out: a run of 10**12 would fill the memory
+        for number in re.findall(r"\d+", block):
+            if len(number) > 18 or int(number) >= size:
+                raise PruningError(
+                    f"the plan keeps index {one_line(number, 20)} of dimension {dim} of '{name}', "
+                    f"which is out of range: the dimension has {size}"
+                )
+    try:
+        return [indices(block) for block in blocks]
+    except PruningError as error:
+        raise PruningError(f"dimension {dim} of '{name}' in the plan: {error}") from error
 
 
 _DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
@@ -142,38 +165,83 @@ def save_pruned(
     path: Path | str,
     *,
     model: dict[str, Any] | None = None,
+    program: bool = False,
+    example_inputs: ExampleInputs | None = None,
 ) -> None:
-    """Write weights and plan as one safetensors file.
+    """Write weights and plan as one safetensors file, and a program beside it if asked.
+
+    A program, `NAME.pt2` beside `NAME.safetensors`, is what `torch.export` traces of the network
+    in eval mode, weights included: `torch.export.load(path).module()` runs it in a process that
+    does not have the network's code. It takes batches of any size where that is possible, else
+    one image. Loading a program unpickles part of it, so `torch.export.load` is to be used only
+    on files that one trusts; `load_pruned` never runs what a file holds.
 
     Args:
         pruned: the pruned network, trained further or not.
         plan: the plan on the original network.
-        path: a `.safetensors` file; it appears whole or not at all.
+        path: a `.safetensors` file; it appears whole or not at all, as the program does.
         model: how to build the original (`name`, `arguments`, `input_shape`), so that the file
             can be loaded by itself.
+        program: write the program as well.
+        example_inputs: what the program is traced with: a tensor, or the forward's positional
+            arguments, all tensors with the batch first.
+
+    Raises:
+        ExportError: a program cannot be made of this network or these inputs; nothing is written.
     """
+    path = Path(path)
+    exported = export_program(pruned, _tensors(example_inputs)) if program else None
     tensors = {name: tensor.contiguous() for name, tensor in _unshared(pruned).items()}
     metadata = json.dumps({"plan": plan.model_dump(mode="json"), "model": model})
-    with atomic(Path(path)) as temporary:
+    if exported is not None:
+        with atomic(program_path(path)) as temporary:
+            torch.export.save(exported, temporary)
+    with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"bevel": metadata})
+
+
+def program_path(path: Path) -> Path:
+    """Where `save_pruned` writes the program of a network that it saves at `path`."""
+    return path.with_suffix(".pt2")
+
+
+def _tensors(example_inputs: ExampleInputs | None) -> tuple[Tensor, ...]:
+    """The positional arguments, of which `torch.export` needs each to be a tensor here."""
+    given = () if example_inputs is None else as_arguments(example_inputs)
+    keywords = example_inputs is not None and as_keywords(example_inputs)
+    if keywords or not given or not all(isinstance(value, Tensor) for value in given):
+        raise ExportError(
+            "a program is traced with tensors: pass example_inputs, a tensor or a tuple of the "
+            "forward's positional arguments"
+        )
+    return given
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: Path | str) -> nn.Module:
     """Build the original network, replay the plan and load the weights; eval mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or was not written by `save_pruned`.
-        PruningError: the plan does not fit what the factory builds.
+        CheckpointError: the file is missing, damaged, or was not written by `save_pruned`, or its
+            weights are another network's.
+        PruningError: the plan is malformed, or does not fit what the factory builds.
     """
     plan, _ = read_metadata(path)
     pruned = prune(factory(), plan)
     with safe_open(Path(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    missing, unexpected = pruned.load_state_dict(tensors, strict=False)
-    absent = set(missing) - (set(pruned.state_dict()) - set(_unshared(pruned)))
+    expected = pruned.state_dict()
+    absent = set(_unshared(pruned)) - set(tensors)
+    unexpected = set(tensors) - set(expected)
     if absent or unexpected:
         name = sorted([*absent, *unexpected])[0]
         raise CheckpointError(f"{path} does not hold the weights of this network: '{name}' differs")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path} does not hold the weights of this network: '{name}' has shape "
+                f"{list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
+    pruned.load_state_dict(tensors, strict=False)
     return pruned.eval()
 
 
@@ -182,6 +250,7 @@ def read_metadata(path: Path | str) -> tuple[PruningPlan, dict[str, Any] | None]
 
     Raises:
         CheckpointError: the file is missing, damaged, or was not written by `save_pruned`.
+        PruningError: the plan in it is malformed.
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
@@ -190,8 +259,16 @@ def read_metadata(path: Path | str) -> tuple[PruningPlan, dict[str, Any] | None]
         raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
     if text is None:
         raise CheckpointError(f"{path} holds weights but no pruning plan: bevel did not write it")
-    content = json.loads(text)
-    return PruningPlan.parse(json.dumps(content["plan"]), str(path)), content["model"]
+    try:
+        content = json.loads(text)
+        plan, model = content["plan"], content["model"]
+    except (ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged record of its pruning plan: {one_line(error)}"
+        ) from error
+    if not isinstance(model, dict | None):
+        raise CheckpointError(f"{path} has a damaged record of its model: {one_line(model, 60)}")
+    return PruningPlan.parse(json.dumps(plan), str(path)), model
 
 
 def _unshared(net: nn.Module) -> dict[str, Tensor]:

@@ -113,9 +113,7 @@ def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str
     return limits
 
 
-def _reasons(
-    analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str
-) -> dict[int, str]:
+def _reasons(analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str) -> dict[int, str]:
     """Why groups stay whole, by their position."""
     reasons = {i: g.frozen for i, g in enumerate(analysis.groups) if g.frozen is not None}
     reasons |= {group.index: group.fixed_reason() for group in ranked if len(group.levels) == 1}
@@ -163,8 +161,9 @@ def _shares_touched(analysis: Analysis, sets: Sequence[Sequence[int]]) -> list[f
     everything = analysis.shares(analysis.full())
     macs = np.zeros(len(sets))
     for term in analysis.macs:
-        touched = np.concatenate([length.groups.reshape(-1) for length in term.lengths] or [[]])
-        numbers = np.unique(set_of[touched.astype(np.int64)])
-        macs[numbers[numbers >= 0]] += term.at(everything)
+        numbers = {
+            int(number) for x in term.lengths for number in np.unique(set_of[x.groups.reshape(-1)])
+        }
+        macs[[number for number in numbers if number >= 0]] += term.at(everything)
     shares: list[float] = (macs / max(analysis.cost().macs, 1)).tolist()
     return shares

@@ -8,7 +8,7 @@ an attention head, gets the mean of their rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,50 +134,48 @@ class _Scorer:
         Each row is divided by its mean unless the criterion is comparable by itself.
         """
         if "unit" in self.plugin.ROLES[0]:
-            return self._score(torch.ones(group.size), (0,))[None]
-        by_role: dict[str, list[Axis]] = {}
+            return self._score(torch.ones(group.size), [0])[None]
+        by_role: dict[str, list[tuple[_Weight, Axis]]] = {}
         for axis in group.axes:
-            role = self._role(axis)
-            if role is not None:
-                by_role.setdefault(role, []).append(axis)
+            weight, role = self._weight(axis.tensor), self._role(axis)
+            if weight is not None and role is not None:
+                by_role.setdefault(role, []).append((weight, axis))
         wanted = next((roles for roles in self.plugin.ROLES if roles & by_role.keys()), set())
-        axes = by_role.pop("filter", []) if "filter" in wanted else []
-        axes += [axis for role in by_role if role in wanted for axis in by_role[role]]
-        known: dict[tuple[str, str, int], Axis] = {}
-        for axis in axes:
-            known.setdefault((*self._weight(axis.tensor).key, axis.dim), axis)  # type: ignore[union-attr]
-            if first:
-                break
-        scores = np.zeros((len(known), group.size))
-        for row, axis in zip(scores, known.values(), strict=True):
-            row[:] = self._by_unit(axis, group.size)
+        roles = sorted(wanted & by_role.keys(), key=lambda role: (role != "filter", role))
+        members: dict[tuple[str, str, int], tuple[_Weight, Axis]] = {}
+        for role in roles:
+            for weight, axis in by_role[role]:  # of a weight in parts, the first counts
+                members.setdefault((*weight.key, axis.dim), (weight, axis))
+        chosen = list(members.values())[: 1 if first else None]
+        if not chosen:
+            return np.zeros((0, group.size))
+        scores = np.array([self._by_unit(*member, group.size) for member in chosen])
         if not self.plugin.COMPARABLE:
             scores /= np.maximum(scores.mean(axis=1, keepdims=True), 1e-30)
         return scores
 
-    def _by_unit(self, axis: Axis, size: int) -> np.ndarray:
+    def _by_unit(self, weight: _Weight, axis: Axis, size: int) -> np.ndarray:
         """The mean score of each unit's rows."""
-        rows, units = self._scored(axis), axis.units.reshape(-1)
+        rows, units = self._scored(weight, axis), axis.units.reshape(-1)
         live = np.flatnonzero(units >= 0)
         units, rows = units[live], rows[live]
         total = np.bincount(units, rows, minlength=size)
         return total / np.maximum(np.bincount(units, minlength=size), 1)
 
-    def _scored(self, axis: Axis) -> np.ndarray:
+    def _scored(self, weight: _Weight, axis: Axis) -> np.ndarray:
         """Scores of all rows along an axis, in the order of `axis.units.reshape(-1)`."""
-        weight = self._weight(axis.tensor)
-        assert weight is not None  # noqa: S101  it has a role
         blocks = axis.units.shape[0] if axis.units.ndim == 2 else 0
         key = (*weight.key, axis.dim, blocks)
         if key not in self._rows:
-            tensor, kept = weight.tensor, (axis.dim,)
+            tensor, kept = weight.tensor, [axis.dim]
             if blocks:
                 tensor = tensor.unflatten(0, (blocks, tensor.shape[0] // blocks))
-                kept = (0, axis.dim + 1)
+                kept = [0, axis.dim + 1]
             self._rows[key] = self._score(tensor, kept)
         return self._rows[key]
 
-    def _score(self, tensor: Tensor, kept: tuple[int, ...]) -> np.ndarray:
+    def _score(self, tensor: Tensor, kept: Sequence[int]) -> np.ndarray:
+        """Scores of the rows along the kept dimensions, flat, float64."""
         tensor = tensor.unsqueeze(-1)  # so that there always is something to reduce
         over = tuple(dim for dim in range(tensor.ndim) if dim not in kept)
         scores = self.plugin.score(tensor, over, self.generator)
@@ -204,7 +202,7 @@ class _Scorer:
             stem = leaf.rpartition("_")[0]  # torch.nn.utils: weight_g and weight_v, weight_orig
             if leaf in (f"{stem}_g", f"{stem}_v", f"{stem}_orig") and hasattr(module, stem):
                 leaf = stem
-        own = self.parameters.get(name)
+        own: Tensor | None = self.parameters.get(name)
         if own is None and leaf == "weight":  # a frozen normalisation's scale
             own = self.buffers.get(name)
         if own is None:

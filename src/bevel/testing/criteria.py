@@ -1,4 +1,4 @@
-"""The contract of criteria: a score per unit, from the weights alone.
+"""The contract of criteria: a score per row, from the weights alone.
 
 class TestMine(CriterionContract):
     name = "mine"
@@ -7,38 +7,27 @@ class TestMine(CriterionContract):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import pytest
 import torch
 from torch import Tensor
 
 from bevel.pruning.apply import prune
-from bevel.pruning.criteria import Criterion, Member
+from bevel.pruning.criteria import Criterion
 from bevel.pruning.planning import plan_pruning
 from bevel.pruning.verify import verify_pruning
 from bevel.testing.plugin import PluginContract
 from bevel.testing.runtimes import images, small_network
 
-SIZE = 12
-
-
-def members() -> list[Member]:
-    """A group of 12 units: two filters (one makes half of the units, in another order), what
-    reads them, scale and bias.
-    """
-    generator = torch.Generator().manual_seed(0)
-    every = torch.arange(SIZE)
-
-    def rows(count: int, width: int) -> Tensor:
-        return torch.randn(count, width, generator=generator)
-
-    return [
-        Member("conv.weight", "filter", rows(SIZE, 27), every),
-        Member("half.weight", "filter", rows(6, 9), torch.tensor([9, 7, 5, 3, 1, 0])),
-        Member("next.weight", "input", rows(SIZE, 18), every),
-        Member("norm.weight", "norm", rows(SIZE, 1), every),
-        Member("norm.bias", "bias", rows(SIZE, 1), every),
-    ]
+KNOWN = {"filter", "input", "norm", "bias", "other", "unit"}
+SHAPES = [
+    ((12, 27), (1,)),  # filters of a linear layer
+    ((9, 12), (0,)),  # what reads a channel
+    ((12, 5, 3, 3), (1, 2, 3)),
+    ((5, 12, 3, 3), (0, 2, 3)),
+    ((3, 8, 4, 3, 3), (1, 3, 4)),  # what reads a channel in each block of a grouped convolution
+    ((12, 1), (1,)),  # scales
+]
+"""Weights, and the dimensions over which they are reduced."""
 
 
 class CriterionContract(PluginContract):
@@ -46,41 +35,54 @@ class CriterionContract(PluginContract):
 
     kind = "criteria"
 
-    def score(self, plugin: Criterion, group: Sequence[Member]) -> Tensor | None:
-        """Scores of the group, always with the same random numbers."""
-        return plugin.score(group, SIZE, torch.Generator().manual_seed(0))
+    def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Random weights, always the same."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    def test_one_finite_score_per_unit(self, plugin: Criterion) -> None:
+    def score(self, plugin: Criterion, weight: Tensor, over: tuple[int, ...]) -> Tensor:
+        """Scores of the rows, always with the same random numbers."""
+        return plugin.score(weight, over, torch.Generator().manual_seed(0))
+
+    def test_says_what_it_looks_at(self, plugin: Criterion) -> None:
+        """Whether its scores mean the same everywhere, and sets of roles that exist."""
+        assert isinstance(plugin.COMPARABLE, bool)
+        assert plugin.ROLES
+        assert all(roles and roles <= KNOWN for roles in plugin.ROLES)
+
+    @pytest.mark.parametrize(("shape", "over"), SHAPES)
+    def test_one_finite_score_per_row(
+        self, plugin: Criterion, shape: tuple[int, ...], over: tuple[int, ...]
+    ) -> None:
         """They differ, or there would be nothing to choose by."""
-        scores = self.score(plugin, members())
-        assert scores is not None
-        assert scores.shape == (SIZE,)
+        scores = self.score(plugin, self.weight(shape), over)
+        rows = [size for dim, size in enumerate(shape) if dim not in over]
+        assert list(scores.shape) == rows
         assert scores.is_floating_point()
         assert bool(torch.isfinite(scores).all())
         assert len(scores.unique()) > 1
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_scores_of_other_precisions_are_near(
+        self, plugin: Criterion, dtype: torch.dtype
+    ) -> None:
+        """Within what the precision holds."""
+        for shape, over in SHAPES:
+            weight = self.weight(shape, dtype)
+            expected = self.score(plugin, weight.double(), over).double()
+            assert torch.allclose(self.score(plugin, weight, over).double(), expected, rtol=1e-4)
+
     def test_scores_can_be_made_comparable(self, plugin: Criterion) -> None:
-        """Those that mean something else in each layer are divided by their mean."""
-        assert isinstance(plugin.COMPARABLE, bool)
+        """Those that mean something else in each tensor are divided by their mean."""
         if not plugin.COMPARABLE:
-            scores = self.score(plugin, members())
-            assert scores is not None
-            assert bool((scores >= 0).all())
+            for shape, over in SHAPES:
+                assert bool((self.score(plugin, self.weight(shape), over) >= 0).all())
 
     def test_same_weights_and_seed_give_the_same_scores(self, plugin: Criterion) -> None:
         """Bit for bit; the weights stay as they are."""
-        group = members()
-        first, second = self.score(plugin, group), self.score(plugin, group)
-        assert first is not None
-        assert second is not None
-        assert torch.equal(first, second)
-        for before, after in zip(members(), group, strict=True):
-            assert torch.equal(before.rows, after.rows)
-
-    def test_nothing_to_score(self, plugin: Criterion) -> None:
-        """A group without weights has scores for all units or none at all."""
-        scores = self.score(plugin, [])
-        assert scores is None or scores.shape == (SIZE,)
+        for shape, over in SHAPES:
+            weight = self.weight(shape)
+            assert torch.equal(self.score(plugin, weight, over), self.score(plugin, weight, over))
+            assert torch.equal(weight, self.weight(shape))
 
     def test_network_pruned_by_it_is_proven(self, plugin: Criterion) -> None:  # noqa: ARG002
         """The whole way: plan, prune, verify."""

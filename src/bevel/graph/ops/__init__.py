@@ -6,6 +6,9 @@ freezes what it touches and says so by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from bevel.graph.ops import (
@@ -21,7 +24,7 @@ from bevel.graph.ops import (
     reduction,
     views,
 )
-from bevel.graph.propagate import Handler, Propagation
+from bevel.graph.propagate import FrameHandler, Handler, Propagation
 from bevel.graph.record import Call, Value
 
 HANDLERS: dict[str, Handler] = {
@@ -37,6 +40,9 @@ HANDLERS: dict[str, Handler] = {
     **attention.HANDLERS,
     **recurrent.HANDLERS,
 }
+
+FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {**attention.FRAME_HANDLERS}
+"""Of torch functions that do more than their operators show."""
 
 
 def handler(call: Call) -> Handler:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.nn import functional as F
 
 from bevel.graph.layers import Layer
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.ops.movement import join
-from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.propagate import FrameHandler, Handler, Propagation
+from bevel.graph.record import Call, Frame, Value
 
 
 def attention(state: Propagation, call: Call) -> None:
-    """`attention(q, k, v, ...)`: q (..., M, D), k (..., N, D), v (..., N, E) -> (..., M, E).
-
-    Without a scale of its own the kernel divides by sqrt(D), so removing a part of D is not the
-    same as setting it to zero.
-    """
+    """`attention(q, k, v, ...)`: q (..., M, D), k (..., N, D), v (..., N, E) -> (..., M, E)."""
     q, k, v = call.arguments[:3]
     output = call.output
     k, v = (_grouped(state, value, q) for value in (k, v))
@@ -62,9 +61,6 @@ def _inner(state: Propagation, call: Call, q: Value, k: Value) -> None:
     reason = f"the other side of the attention has a fixed size: {call.place}"
     left = [state.uniform(x, last - 1, reason) for x in state.on(q, last)]
     right = [state.uniform(x, last - 1, reason) for x in state.on(k, last)]
-    for layer in left:
-        if "scale" not in call.keywords or call.keywords["scale"] is None:
-            state.mark_inexact(layer, f"the scale depends on it: {call.place}")
     if len(left) != len(right):
         for layer in (*left, *right):
             state.freeze_layer(layer, reason)
@@ -130,6 +126,18 @@ def _cost(
     state.cost(call, float(batch * q.shape[-1]), *heads, inner)
     state.cost(call, float(batch * v.shape[-1]), *heads, outer)
 
+
+def scaled(state: Propagation, frame: Frame) -> None:
+    """`scaled_dot_product_attention` without a scale of its own divides by sqrt(D)."""
+    if frame.keyword("scale") is not None:
+        return
+    q = frame.arguments[0]
+    for layer in state.on(q, len(q.shape) - 1):
+        place = frame.module or "the network itself"
+        state.mark_inexact(layer, f"the scale depends on it: attention in {place}")
+
+
+FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {F.scaled_dot_product_attention: scaled}
 
 HANDLERS: dict[str, Handler] = {
     f"aten.{name}": attention

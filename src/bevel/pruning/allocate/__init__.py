@@ -132,9 +132,7 @@ def rank(
     return RankedGroup(index, group.name, rows, row_scores, levels, step)
 
 
-def rank_all(
-    analysis: Analysis, scores: Mapping[int, np.ndarray], align: int
-) -> list[RankedGroup]:
+def rank_all(analysis: Analysis, scores: Mapping[int, np.ndarray], align: int) -> list[RankedGroup]:
     """Every group that has scores, ranked, whether or not it has a smaller width."""
     inside = inside_runs(analysis)
     return [
