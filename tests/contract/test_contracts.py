@@ -135,15 +135,15 @@ def test_a_suite_tells_a_bad_plugin():
         COMPARABLE = True
 
         @staticmethod
-        def score(members, size, generator):  # noqa: ARG004
-            return torch.ones(size)
+        def score(weight, over, generator):  # noqa: ARG004
+            return torch.ones(weight.shape[0])
 
     class Broken(Flat):
         @staticmethod
-        def score(members, size, generator):  # noqa: ARG004
-            return torch.linspace(0, 1, size) / 0
+        def score(weight, over, generator):  # noqa: ARG004
+            return torch.linspace(0, 1, weight.shape[0]) / 0
 
     suite = CriterionContract()
     for bad in (Flat, Broken):
         with pytest.raises(AssertionError):
-            suite.test_one_finite_score_per_unit(bad)
+            suite.test_one_finite_score_per_row(bad, (12, 27), (1,))

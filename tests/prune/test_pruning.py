@@ -98,7 +98,7 @@ def test_mean_weight_ranks_as_l1_within_a_layer_and_ignores_fan_in_across_layers
     for criterion in ("l1", "mean_weight"):
         from bevel.pruning.scoring import score_groups
 
-        scores[criterion] = score_groups(net, analyze(net, EXAMPLE), criterion)
+        scores[criterion] = score_groups(net, analyze(net, EXAMPLE), criterion, reduction="first")
     means = [value.mean() for value in scores["mean_weight"].values()]
     assert np.allclose(means, 0.1, atol=1e-6)
     assert all(np.allclose(value, 1.0) for value in scores["l1"].values())

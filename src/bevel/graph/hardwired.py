@@ -8,7 +8,7 @@ whether that was right. Otherwise the channels that the number fixes are frozen,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ def follow_sizes(
         keep = trial(grouping)
         if not keep:
             return grouping
-        faults = rehearse(stage, recording, Prediction(grouping, keep))
+        prediction = Prediction(grouping, keep)
+        faults = rehearse(stage, recording, prediction)
         if not faults:
             return grouping
         if not attempt and any(fault.kind is Kind.PATH for fault in faults):
@@ -56,7 +57,7 @@ def follow_sizes(
                 raise PassChangedError
         here = [fault for fault in faults if fault.kind is Kind.HERE]
         if here:
-            if not resolver.tie(here, grouping, keep):
+            if not resolver.tie(here, grouping, prediction):
                 resolver.resolve(here, patient=attempt < ROUNDS // 2)
             continue
         raised = [fault for fault in faults if fault.kind is Kind.RAISED]
@@ -125,7 +126,7 @@ class _Resolver:
         self.claims: dict[tuple[str, str], Written] = {}
 
     def tie(
-        self, faults: Sequence[Fault], grouping: Grouping, keep: Mapping[int, np.ndarray]
+        self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction
     ) -> bool:
         """Tie an axis to the one from which the code takes its size; whether there was any.
 
@@ -139,7 +140,7 @@ class _Resolver:
                 widths = [new for old, new in fault.changes if old == length.number]
                 if len(length.extents) != 1 or key in self.tied or not widths:
                     continue
-                outer = self._as_wide(grouping, keep, length, widths[0])
+                outer = self._as_wide(grouping, prediction, length, widths[0])
                 if outer is not None:
                     self._bind(grouping, length.ids, outer, f"as wide as x ({fault.place})")
                     self.tied.add(key)
@@ -160,20 +161,15 @@ class _Resolver:
             self.state.frozen.append(Mark(np.unique(held[held != 0]), reason, True))
 
     def _as_wide(
-        self,
-        grouping: Grouping,
-        keep: Mapping[int, np.ndarray],
-        length: Written,
-        width: int,
+        self, grouping: Grouping, prediction: Prediction, length: Written, width: int
     ) -> np.ndarray | None:
         """The ids of an axis from which the code computes this width, itself or a part of it."""
         for ids in grouping.plain_axes():
             parts, rest = divmod(ids.size, length.number)
             if rest or not parts or length.ids.size % ids.size:
                 continue
-            groups = np.unique(grouping.group_of(ids))
-            mask = keep.get(int(groups[0])) if len(groups) == 1 else None
-            if mask is not None and mask.size == ids.size and int(mask.sum()) // parts == width:
+            left = prediction.length((Extent(ids),))
+            if left < ids.size and left // parts == width and (ids != 0).all():
                 return ids
         return None
 

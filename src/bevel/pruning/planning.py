@@ -127,30 +127,31 @@ def _reasons(analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str) 
 def _notes(analysis: Analysis, reasons: Mapping[int, str]) -> list[str]:
     """What stays whole and why, dearest first; groups that stay for one reason share a line.
 
-    Reasons are one if they differ only in the numbers of module names, as in the blocks of a
-    network. A line's share of the MACs is that of all calls which its groups touch.
+    Reasons are one if they differ only in numbers, as those of the blocks of a network do. A
+    line's share of the MACs is that of all calls whose size depends on any of its groups.
     """
     alike: dict[str, list[int]] = {}
     for index, reason in reasons.items():
-        alike.setdefault(_NUMBER.sub("*", reason), []).append(index)
+        alike.setdefault(re.sub(r"\d+", "*", reason), []).append(index)
     shares = _shares_touched(analysis, list(alike.values()))
     lines = []
-    for (reason, indices), share in zip(alike.items(), shares, strict=True):
+    for indices, share in zip(alike.values(), shares, strict=True):
         groups = [analysis.groups[index] for index in indices]
-        if len({reasons[index] for index in indices}) == 1:
-            reason = reasons[indices[0]]
         name, sizes = groups[0].name, sorted({group.size for group in groups})
         if len(groups) > 1:
             name += f" and {len(groups) - 1} more"
         width = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
         touched = f"{share:.0%}" if share >= 0.01 else "under 1%"
+        reason = _common([reasons[index] for index in indices])
         lines.append((share, f"{name} ({width}; {touched} of MACs): {reason}"))
     lines.sort(key=lambda line: -line[0])
     return [line for _, line in lines]
 
 
-_NUMBER = re.compile(r"(?<=[A-Za-z_][._])\d+|(?<=[A-Za-z])\d+(?=\.|\b)")
-"""Numbers in the names of modules: `blocks.3.attn`, `encoder_layer_3`, `layer1.0`."""
+def _common(reasons: Sequence[str]) -> str:
+    """Texts that differ only in numbers as one, with a star where they do."""
+    columns = zip(*(re.split(r"(\d+)", reason) for reason in reasons), strict=True)
+    return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)
 
 
 def _shares_touched(analysis: Analysis, sets: Sequence[Sequence[int]]) -> list[float]:
