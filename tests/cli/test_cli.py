@@ -157,6 +157,33 @@ def test_prune_and_verify_files(place: Workplace, bevel: Bevel) -> None:
     assert "give --checkpoint" in untrained.err
 
 
+def test_prune_takes_a_reduction_and_aligns_to_the_targets(place: Workplace, bevel: Bevel) -> None:
+    from bevel.pruning.apply import read_metadata
+
+    model = ["net.py:tiny", "--input", "1x3x8x8", "--macs", 1]
+    refused = bevel("prune", *model, "--align", "auto", "--out", "p.safetensors")
+    assert refused.code == 2
+    assert "--align auto asks the targets of a recipe: give --recipe, or a number" in refused.err
+    for option, value, message in (
+        ("--align", "often", "--align: expected a whole number from 1, or auto, got often"),
+        (
+            "--reduction",
+            "median",
+            "--reduction: Input should be 'mean', 'max', 'product' or 'first'",
+        ),
+    ):
+        refused = bevel("prune", *model, option, value, "--out", "p.safetensors")
+        assert refused.code == 2
+        assert message in refused.err
+    recipe = place.recipe(targets=[{"precision": "int8"}, {"precision": "float32"}])
+    options = ["--align", "auto", "--reduction", "max", "--recipe", recipe]
+    pruned = bevel("prune", *model, *options, "--out", "p.safetensors")
+    assert pruned.code == 0, pruned
+    assert "is a multiple of 16" in pruned.err
+    request = read_metadata("p.safetensors")[0].request
+    assert (request["align"], request["reduction"]) == (16, "max")
+
+
 def test_finetune_export_and_measure_files(place: Workplace, bevel: Bevel) -> None:
     recipe = place.recipe()
     model = ["net.py:tiny", "--input", "1x3x8x8", "--ratio", 0.5, "--align", 1]

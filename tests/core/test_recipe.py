@@ -51,6 +51,17 @@ def test_a_step_is_addressed_by_verb_or_index(tmp_path: Path) -> None:
     assert recipe.steps[0].train.lr == 0.1
 
 
+@pytest.mark.parametrize(("given", "read"), [("16", 16), ("auto", "auto"), ("1", 1)])
+def test_align_is_a_number_or_auto(tmp_path: Path, given: str, read: object) -> None:
+    assert load(tmp_path, minimal(), f"steps.prune.align={given}").steps[1].prune.align == read
+
+
+@pytest.mark.parametrize("wrong", ["0", "-8", "1.5", "true", "often"])
+def test_other_alignments_are_one_line(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(RecipeError, match=r"prune\.align: expected a whole number from 1, or auto"):
+        load(tmp_path, minimal(), f"steps.prune.align={wrong}")
+
+
 def test_a_whole_step_is_replaced_by_its_verb(tmp_path: Path) -> None:
     recipe = load(tmp_path, minimal(), "steps.prune={ratio: 0.25}")
     assert recipe.steps[1].prune.ratio == 0.25

@@ -1,5 +1,7 @@
 """What hangs together, what cannot go and why, and what it costs."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -99,17 +101,69 @@ def test_unknown_operator_freezes_what_it_touches_by_name():
     assert found.frozen == "bevel does not know the operator cummax in the network itself"
 
 
-def test_reduction_over_channels_freezes_them():
-    class Mean(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = conv(3, 16), nn.Conv2d(17, 4, 1)
+class Reduced(nn.Module):
+    """Joins a reduction over channels to them."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            return self.b(torch.cat([x, x.mean(1, keepdim=True)], 1))
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.reduce = conv(3, 16), nn.Conv2d(17, 4, 1), reduce
 
-    assert "reduced over: mean" in group(analyze(Mean(), EXAMPLE), "a.0").frozen
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(torch.cat([x, self.reduce(x)], 1))
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [lambda x: x.mean(1, keepdim=True), lambda x: x.softmax(1).amax(1, keepdim=True)],
+    ids=["mean", "softmax"],
+)
+def test_a_statistic_over_channels_can_be_cut_but_not_proven(reduce):
+    found = group(analyze(Reduced(reduce), EXAMPLE), "a.0")
+    assert found.frozen is None
+    assert "a statistic across it" in found.inexact
+
+
+def test_a_position_among_channels_freezes_them():
+    net = Reduced(lambda x: x.argmax(1, keepdim=True).to(x))
+    assert "it is reduced over: argmax" in group(analyze(net, EXAMPLE), "a.0").frozen
+
+
+def test_a_group_without_statistics_is_exact_and_no_run():
+    assert {(g.inexact, g.runs) for g in analyze(Projection(), EXAMPLE).groups} == {(None, False)}
+
+
+class Heads(nn.Module):
+    """Attention whose heads and their channels can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 4, 6
+        self.qkv, self.proj = nn.Linear(12, 72), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        qkv = self.qkv(x).view(n, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = (q @ k.transpose(-2, -1) * 0.4).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, length, -1))
+
+
+def test_heads_are_runs_of_the_channels_within_them():
+    analysis = analyze(Heads(), torch.randn(2, 7, 12))
+    inner = next(g for g in analysis.prunable if not g.runs)
+    heads = next(g for g in analysis.prunable if g.runs)
+    assert {("qkv.weight", 0), ("qkv.bias", 0)} == axes(qk)
+    assert heads.size == 4
+    assert heads.blocks is None
+    assert {("qkv.weight", 0), ("proj.weight", 1)} <= axes(heads)
+    columns = next(axis.units for axis in heads.axes if axis.tensor == "proj.weight")
+    assert columns.tolist() == np.repeat(np.arange(4), 6).tolist()
+    # q, k and v share the attribute `size`, so that each of them keeps the same channels.
+    assert inner.size == 6
+    rows = next(axis.units for axis in inner.axes if axis.tensor == "qkv.weight")
+    assert (rows.reshape(12, 6) == rows[:6]).all()
+    assert {(a.module, a.attribute) for a in analysis.attributes} == {("", "heads"), ("", "size")}
 
 
 def test_ignored_modules_keep_their_channels():

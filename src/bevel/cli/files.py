@@ -199,7 +199,7 @@ def _prune_step(**options: Any) -> PruneStep:
         option = f"--{path[-1]}: " if path else ""
         message = first["msg"].removeprefix("Value error, ")
         if path == ["align"]:
-            message = f"expected a whole number from 1 or auto, got {options['align']}"
+            message += f", got {options['align']}"
         elif not path:
             message = "give --macs or --params (what may remain) or --ratio (what is removed)"
         raise RecipeError(f"{option}{message}") from error

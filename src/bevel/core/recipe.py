@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bevel.core.errors import RecipeError, one_line, suggestion
 
@@ -165,6 +165,15 @@ class PruneStep(Section):
     ignore: list[str] = Field(
         default_factory=list, description="module names (globs) whose channels all stay"
     )
+
+    @field_validator("align", mode="before")
+    @classmethod
+    def whole_or_auto(cls, value: object) -> object:
+        """One message for all that is neither."""
+        text = str(value)  # a number, or the text of an option
+        if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+            raise ValueError("expected a whole number from 1, or auto")
+        return value
 
     @model_validator(mode="after")
     def one_request(self) -> PruneStep:

@@ -358,11 +358,11 @@ class Grouping:
         """Classes of ids that are one and the same index."""
         return self._same[ids]
 
-    def plain_axes(self) -> Iterator[np.ndarray]:
-        """The ids of all parameter axes, those of grouped convolutions left out."""
-        for entry in self.entries:
-            if not entry.node and entry.ids.ndim == 1:
-                yield entry.ids
+    def plain_axes(self, module: str) -> list[np.ndarray]:
+        """The ids of all parameter axes but those of grouped convolutions, a module's own first."""
+        plain = [entry for entry in self.entries if not entry.node and entry.ids.ndim == 1]
+        plain.sort(key=lambda entry: not entry.tensor.startswith(f"{module}."))
+        return [entry.ids for entry in plain]
 
     def ids_of(self, number: int) -> np.ndarray:
         """All ids of a group."""

@@ -140,7 +140,8 @@ class _Resolver:
                 widths = [new for old, new in fault.changes if old == length.number]
                 if len(length.extents) != 1 or key in self.tied or not widths:
                     continue
-                outer = self._as_wide(grouping, prediction, length, widths[0])
+                axes = grouping.plain_axes(fault.modules[0])
+                outer = self._as_wide(axes, prediction, length, widths[0])
                 if outer is not None:
                     self._bind(grouping, length.ids, outer, f"as wide as x ({fault.place})")
                     self.tied.add(key)
@@ -161,10 +162,10 @@ class _Resolver:
             self.state.frozen.append(Mark(np.unique(held[held != 0]), reason, True))
 
     def _as_wide(
-        self, grouping: Grouping, prediction: Prediction, length: Written, width: int
+        self, axes: Sequence[np.ndarray], prediction: Prediction, length: Written, width: int
     ) -> np.ndarray | None:
         """The ids of an axis from which the code computes this width, itself or a part of it."""
-        for ids in grouping.plain_axes():
+        for ids in axes:
             parts, rest = divmod(ids.size, length.number)
             if rest or not parts or length.ids.size % ids.size:
                 continue

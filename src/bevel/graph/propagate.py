@@ -237,9 +237,13 @@ class Propagation:
             raise ValueError(f"dimension {dim} is the layer's own")
         if dim not in layer.dims:
             return layer
+        self.tie_over(layer, dim, reason)
+        return layer.moved(layer.ids.narrow(dim, 0, 1).expand(layer.ids.shape), layer.dim)
+
+    def tie_over(self, layer: Layer, dim: int, reason: str) -> None:
+        """Make the same ids go at every position of a dimension."""
         first = layer.ids.narrow(dim, 0, 1)
         self.tie(layer.compact(), compact(first, layer.dims), reason)
-        return layer.moved(first.expand(layer.ids.shape), layer.dim)
 
     def adopt(self, value: Value, dim: int, ids: Tensor | None, reason: str) -> Tensor | None:
         """Make a parameter's axis have these ids (None: it cannot shrink); returns its ids."""

@@ -217,11 +217,8 @@ class _Clock:
         for step in self.recipe.steps:
             settings = step.settings
             if isinstance(settings, PruneStep):
-                lines.append(
-                    StepLine(
-                        verb="prune", what=_describe(settings), seconds=self._pruning(settings)
-                    )
-                )
+                what = _describe(settings, alignment(settings, self.recipe.targets))
+                lines.append(StepLine(verb="prune", what=what, seconds=self._pruning(settings)))
                 if settings.budget is not None and settings.budget.macs is not None:
                     share *= settings.budget.macs
             else:
@@ -281,14 +278,15 @@ def _timed(work: Callable[[], None]) -> float:
     return min(times)
 
 
-def _describe(step: PruneStep) -> str:
+def _describe(step: PruneStep, align: int) -> str:
     if step.budget is not None:
         request = ", ".join(
             f"{name} <= {limit:.0%}" for name, limit in step.budget.limits().items()
         )
     else:
         request = f"{step.ratio:.0%} of the channels"
-    return f"{step.criterion} / {step.allocate}, {request}, widths in multiples of {step.align}"
+    scores = step.criterion + ("" if step.reduction == "mean" else f" ({step.reduction})")
+    return f"{scores} / {step.allocate}, {request}, widths in multiples of {align}"
 
 
 def _few(widths: list[int]) -> str:

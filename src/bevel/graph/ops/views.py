@@ -89,7 +89,7 @@ def _merge(
         # The last dimension varies fastest: an inner index that goes must go all along it.
         for dim in layer.dims:
             if dim in part and dim > layer.dim:
-                layer = state.uniform(layer, dim, f"its layout is not by channel: {place}")
+                state.tie_over(layer, dim, f"its layout is not by channel: {place}")
         moved = layer.moved(_runs_merged(layer, parts, shape), target[layer.dim])
         found.append((layer, moved))
     return [
