@@ -153,7 +153,7 @@ def test_heads_are_runs_of_the_channels_within_them():
     analysis = analyze(Heads(), torch.randn(2, 7, 12))
     inner = next(g for g in analysis.prunable if not g.runs)
     heads = next(g for g in analysis.prunable if g.runs)
-    assert {("qkv.weight", 0), ("qkv.bias", 0)} == axes(qk)
+    assert {("qkv.weight", 0), ("qkv.bias", 0), ("proj.weight", 1)} == axes(inner)
     assert heads.size == 4
     assert heads.blocks is None
     assert {("qkv.weight", 0), ("proj.weight", 1)} <= axes(heads)

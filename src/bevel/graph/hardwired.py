@@ -263,15 +263,30 @@ class _Search:
     def marks(self, faults: Sequence[Fault], what: str) -> list[Mark]:
         """A mark on every group that causes one of these faults when it is cut alone."""
         places = {(fault.place, fault.kind) for fault in faults}
-        changes = {change for fault in faults for change in fault.changes}
-        likely = [number for number in self.keep if self._explains(number, changes)]
+        likely = self._touched(faults) if faults[0].kind is Kind.NUMBER else self._sized(faults)
         rest = [number for number in self.keep if number not in likely]
+        if faults[0].kind is Kind.NUMBER:  # a mark too many costs some proof, a search costs time
+            found = [(number, faults[0].place) for number in likely]
+        else:
+            found = list(self._culprits(places, likely)) if likely else []
+        found += self._culprits(places, rest) if rest else []
         return [
             Mark(self.grouping.ids_of(number), f"{what} ({place})", True)
-            for numbers in (likely, rest)
-            if numbers
-            for number, place in self._culprits(places, numbers)
+            for number, place in found
         ]
+
+    def _touched(self, faults: Sequence[Fault]) -> list[int]:
+        """The groups of the tensors that the number meets."""
+        layers = [layer.compact().reshape(-1).numpy() for f in faults for layer in f.blamed]
+        if not layers:
+            return []
+        groups = np.unique(self.grouping.group_of(np.unique(np.concatenate(layers))))
+        return [int(number) for number in groups if int(number) in self.keep]
+
+    def _sized(self, faults: Sequence[Fault]) -> list[int]:
+        """The groups whose size may be the number that changed."""
+        changes = {change for fault in faults for change in fault.changes}
+        return [number for number in self.keep if self._explains(number, changes)]
 
     def _explains(self, number: int, changes: set[tuple[int, int]]) -> bool:
         """Whether a number in the code that changed may be this group's size, or a part of it."""

@@ -280,7 +280,7 @@ class _Functions(TorchFunctionMode):
 
 def is_frame(function: Any, result: Any) -> bool:
     """Whether a function's result has to be replayed: tensors, or numbers read from tensors."""
-    if isinstance(result, Tensor) or function in READS_DATA:
+    if isinstance(result, Tensor) or function in READS_DATA or function == Tensor.__setitem__:
         return True
     if result is None or isinstance(result, str | int | float | torch.Size):
         return False

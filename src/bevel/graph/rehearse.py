@@ -158,6 +158,8 @@ class Stage:
         )
         self.names = tensor_names(net)
         self.modules = dict(net.named_modules())
+        first = next(net.parameters(), None)
+        self.device = torch.device("cpu") if first is None else first.device
 
     @contextmanager
     def dressed(self, prediction: Prediction) -> Iterator[nn.Module]:
@@ -219,7 +221,7 @@ class _Saved:
 def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list[Fault]:
     """Run the network at its predicted sizes; returns where its code does not follow them."""
     modules = ModuleStack(stage.net)
-    mode = _Rehearsal(recording, prediction, modules)
+    mode = _Rehearsal(recording, prediction, modules, stage.device)
     try:
         with (
             evaluating(stage.net),
@@ -230,14 +232,14 @@ def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list
             mode,
         ):
             run(net, stage.inputs)
-    except _Diverged as error:
-        mode.faults.append(mode.fault(None, str(error), kind=Kind.PATH))
+    except _DivergedError:
+        pass  # the fault is noted
     except FORWARD_FAULTS as error:
         mode.faults.append(mode.raised(error))
     return mode.faults
 
 
-class _Diverged(Exception):
+class _DivergedError(Exception):
     """The shrunken network took another path through its code."""
 
 
@@ -280,10 +282,15 @@ class _Rehearsal(TorchFunctionMode):
     """Compares every torch function of the pass with the recorded one."""
 
     def __init__(
-        self, recording: Recording, prediction: Prediction, modules: ModuleStack
+        self,
+        recording: Recording,
+        prediction: Prediction,
+        modules: ModuleStack,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.recording, self.prediction, self.modules = recording, prediction, modules
+        self.device = device
         self.position = 0
         self.faults: list[Fault] = []
 
@@ -291,12 +298,18 @@ class _Rehearsal(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _DEVICE:  # code that asks gets the answer it got when it was recorded
+            return self.device
+        if _names_device(args, kwargs):
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
         expected = self._next()
         if expected is None or expected.function != func:
             # Functions whose result is no tensor are not part of the recording.
             result = func(*args, **kwargs) if func not in READS_DATA else None
             if func in READS_DATA or is_frame(func, result):
-                raise _Diverged(f"it calls {_name(func)}, the original {_called(expected)}")
+                error = f"it calls {_name(func)}, the original {_called(expected)}"
+                self.faults.append(self.fault(None, error, kind=Kind.PATH))
+                raise _DivergedError
             return result
         if func in READS_DATA:
             self.position += 1
@@ -548,6 +561,18 @@ def _numbers(func: Any, arguments: Any) -> list[Any]:
         for leaf in tree_leaves(arguments)
         if isinstance(leaf, float) or (arithmetic and isinstance(leaf, int))
     ]
+
+
+_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+
+
+def _names_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a device is among the arguments."""
+    return any(isinstance(a, torch.device) for a in (*args, *kwargs.values()))
+
+
+def _to_meta(leaf: Any) -> Any:
+    return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 
 def _zeros(leaf: Any) -> Any:

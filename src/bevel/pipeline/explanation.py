@@ -191,7 +191,7 @@ def _widths(
     if ranked is None:
         return [group.size], f"the criterion '{step.criterion}' has nothing to score in it"
     widths = [int(level) * ranked.rows.shape[1] for level in ranked.levels[1:]]
-    return (widths, None) if widths else ([group.size], ranked.fixed_reason())
+    return (widths, None) if widths else ([group.size], ranked.narrow)
 
 
 class _Clock:

@@ -114,14 +114,15 @@ def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str
 
 
 def _reasons(analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str) -> dict[int, str]:
-    """Why groups stay whole, by their position."""
+    """Why groups stay whole, by their position; a single run has nothing that could go."""
     reasons = {i: g.frozen for i, g in enumerate(analysis.groups) if g.frozen is not None}
-    reasons |= {group.index: group.fixed_reason() for group in ranked if len(group.levels) == 1}
+    reasons |= {group.index: group.narrow for group in ranked if len(group.levels) == 1}
     scored = {group.index for group in ranked}
     for index in range(len(analysis.groups)):
         if index not in reasons and index not in scored:
             reasons[index] = f"the criterion '{criterion}' has nothing to score in it"
-    return reasons
+    groups = analysis.groups
+    return {i: r for i, r in reasons.items() if groups[i].size > 1 or not groups[i].runs}
 
 
 def _notes(analysis: Analysis, reasons: Mapping[int, str]) -> list[str]:

@@ -158,9 +158,7 @@ def _outputs(net: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(run(net, inputs)) if isinstance(leaf, Tensor)]
 
 
-def compare(
-    masked: nn.Module, pruned: nn.Module, inputs: Sequence[ExampleInputs]
-) -> list[float]:
+def compare(masked: nn.Module, pruned: nn.Module, inputs: Sequence[ExampleInputs]) -> list[float]:
     """Largest relative difference per output tensor, both networks run in float64."""
     worst: list[float] = []
     left, right = _double(masked), _double(pruned)

@@ -84,10 +84,11 @@ class AllocatorContract(PluginContract):
             assert_readable(caught.value)
 
     def test_refuses_what_cannot_be_reached(self, plugin: Allocator) -> None:
-        """One line that says what can be."""
+        """One line that says what can be, and the numbers of it."""
         with pytest.raises(PruningError) as caught:
             self.plan(plugin, {"macs": 0.001})
         assert_readable(caught.value)
+        assert 0.001 < caught.value.reachable["macs"] < 1
 
     def test_finds_room_for_every_group(self, plugin: Allocator) -> None:
         """No group is emptied by a harsh budget."""

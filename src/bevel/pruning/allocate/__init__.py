@@ -42,6 +42,7 @@ class RankedGroup:
         scores: (n,) scores of the rows, ascending.
         levels: the row counts that may be kept, descending; the first is n.
         step: all levels but the first are multiples of this.
+        narrow: why there is no level but the first, where there is none.
     """
 
     index: int
@@ -49,7 +50,8 @@ class RankedGroup:
     rows: np.ndarray
     scores: np.ndarray
     levels: np.ndarray
-    step: int = 1
+    step: int
+    narrow: str
 
     @property
     def size(self) -> int:
@@ -68,14 +70,6 @@ class RankedGroup:
         """The next larger allowed number of rows, or None."""
         position = int(self._ascending.searchsorted(level, side="right"))
         return int(self._ascending[position]) if position < len(self.levels) else None
-
-    def fixed_reason(self) -> str:
-        """Why there is no smaller width."""
-        blocks = self.rows.shape[1]
-        if self.size == 1:
-            return "none of it is left if it shrinks"
-        equal = f" in each of {blocks} equal blocks" if blocks > 1 else ""
-        return f"no width below {self.size}{equal} is a multiple of {self.step}"
 
     def keep_mask(self, kept: int) -> np.ndarray:
         """Boolean mask over the group's units that keeps the best `kept` rows."""
@@ -119,17 +113,20 @@ def rank(
         within = np.argsort(scores[group.blocks], axis=1, kind="stable")
         rows = np.take_along_axis(group.blocks, within, axis=1).T
         row_scores = scores[rows].mean(axis=1)
-    n = len(rows)
+    n, blocks = rows.shape
+    multiple = f"is a multiple of {align}"
     if group.runs:
-        step = 1
+        step, narrow = 1, "nothing of it is left if it shrinks"
     elif inside:
-        step = align
+        step, narrow = align, f"no width below {n} of each run {multiple}"
     else:
-        step = align // math.gcd(align, rows.shape[1])
+        step = align // math.gcd(align, blocks)
+        equal = f" in {blocks} equal blocks" if blocks > 1 else ""
+        narrow = f"no width below {rows.size}{equal} {multiple}"
     least = max(step, math.ceil(LAST_SHARE * n))
     multiples = np.arange(n // step * step, 0, -step)
     levels = np.unique(np.r_[n, multiples[multiples >= least]])[::-1]
-    return RankedGroup(index, group.name, rows, row_scores, levels, step)
+    return RankedGroup(index, group.name, rows, row_scores, levels, step, narrow)
 
 
 def rank_all(analysis: Analysis, scores: Mapping[int, np.ndarray], align: int) -> list[RankedGroup]:
@@ -262,7 +259,8 @@ class Problem:
         return PruningError(
             f"asked for {asked}, but only {reach} can be reached"
             + (f" (kept whole, dearest first: {reasons})" if reasons else "")
-            + "; ask for less, or lower align",
+            + f"; what shrinks keeps at least {LAST_SHARE:.0%} of its channels; ask for less, or "
+            "lower align",
             reachable=fractions,
         )
 
