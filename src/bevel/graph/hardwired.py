@@ -21,7 +21,10 @@ from bevel.graph.record import ExampleInputs, Recording
 from bevel.graph.rehearse import Fault, Kind, Prediction, Stage, Written, rehearse
 
 ROUNDS = 12
-"""Rehearsals before everything that is still in question is frozen."""
+"""Attempts to answer faults before everything that is still in question is frozen."""
+
+TRIALS = 2
+"""Rehearsals with different cuts that have to be without fault."""
 
 SEARCHES = 24
 """Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
@@ -44,12 +47,15 @@ def follow_sizes(
     resolver = _Resolver(net, state)
     for attempt in range(ROUNDS):
         grouping = Grouping(state)
-        keep = trial(grouping)
-        if not keep:
+        if not trial(grouping, 0):
             return grouping
-        prediction = Prediction(grouping, keep)
-        faults = rehearse(stage, recording, prediction)
-        if not faults:
+        for turn in range(TRIALS):
+            keep = trial(grouping, turn)
+            prediction = Prediction(grouping, keep)
+            faults = rehearse(stage, recording, prediction)
+            if faults:
+                break
+        else:
             return grouping
         if not attempt and any(fault.kind is Kind.PATH for fault in faults):
             same = rehearse(stage, recording, Prediction(grouping, {}))
@@ -61,7 +67,7 @@ def follow_sizes(
                 resolver.resolve(here, patient=attempt < ROUNDS // 2)
             continue
         raised = [fault for fault in faults if fault.kind is Kind.RAISED]
-        if raised and resolver.follow(raised[0]):
+        if raised and resolver.follow(raised[:1]):
             continue
         search = _Search(stage, recording, grouping, keep)
         elsewhere = [fault for fault in faults if fault.kind is not Kind.NUMBER]
@@ -71,7 +77,7 @@ def follow_sizes(
         state.inexact += search.marks(faults, "its size enters a number")
         return Grouping(state)
     grouping = Grouping(state)
-    for number in trial(grouping):
+    for number in trial(grouping, 0):
         reason = f"{faults[0].error} ({faults[0].place})"
         state.frozen.append(Mark(grouping.ids_of(number), reason, True))
     return Grouping(state)
@@ -92,21 +98,27 @@ def _tie_attention(net: nn.Module, state: Propagation) -> None:
             continue
         for row in rows:
             state.ties.append((row, packed[1]))
+        state.inexact.append(Mark(packed[1], f"the scale depends on it: {name}", True))
         for nodes in state.nodes.values():
             if np.isin(nodes.leaves, rows).any():
                 state.frozen.append(Mark(nodes.nodes, f"the number of heads of {name}", True))
 
 
-def trial(grouping: Grouping, only: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-    """Masks that cut every group that can shrink, each by another share."""
-    generator = np.random.default_rng(0)
+def trial(grouping: Grouping, turn: int) -> dict[int, np.ndarray]:
+    """Masks that cut every group that can shrink.
+
+    In the first turn, groups that follow each other are cut by different amounts; in the others
+    the amounts are random, so that sizes that agree by chance in one turn differ in another.
+    """
+    generator = np.random.default_rng(turn)
     keep: dict[int, np.ndarray] = {}
     for number, group in enumerate(grouping.groups):
         rows = group.blocks if group.blocks is not None else np.arange(group.size)[None]
         length = rows.shape[1]
-        cut = int(generator.integers(1, max(length // 2, 1) + 1))
-        if group.frozen is not None or length < 2 or (only is not None and number not in only):
+        if group.frozen is not None or length < 2:
             continue
+        most = max(length // 2, 1) if turn == 0 else length - 1
+        cut = 1 + (number % most if turn == 0 else int(generator.integers(most)))
         mask = np.ones(group.size, dtype=bool)
         for row in rows:
             mask[generator.permutation(row)[:cut]] = False
@@ -124,6 +136,7 @@ class _Resolver:
         self.tied: set[tuple[str, str, int]] = set()
         self.bound: dict[bytes, set[int]] = {}
         self.claims: dict[tuple[str, str], Written] = {}
+        self.now: set[tuple[str, str, int, str, str]] = set()
 
     def tie(
         self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction
@@ -175,20 +188,29 @@ class _Resolver:
         return None
 
     def resolve(self, faults: Sequence[Fault], *, patient: bool) -> None:
-        """Change `state` so that the next rehearsal meets none of these faults."""
+        """Change `state` so that the next rehearsal meets none of these faults.
+
+        An attribute that follows may mend other places too, so channels are frozen only when no
+        attribute is left to try.
+        """
+        if patient and self.follow(faults):
+            return
         for fault in faults:
             reason = f"its size is written in the code ({fault.place}: {fault.error})"
             if not fault.written:
                 self._protect(fault, reason)
-                continue
             for written in fault.written:
-                site = self._attribute(fault, written) if patient else None
-                if site is None:
-                    self._freeze(written.extents, reason)
+                self._freeze(written.extents, reason)
 
-    def follow(self, fault: Fault) -> bool:
-        """Let attributes follow that the code compares with a size; whether there was one."""
-        return any([self._attribute(fault, written) is not None for written in fault.written])
+    def follow(self, faults: Sequence[Fault]) -> bool:
+        """Let attributes follow that hold a number at fault; whether there was one."""
+        self.now.clear()
+        found = [
+            self._attribute(fault, written) is not None
+            for fault in faults
+            for written in fault.written
+        ]
+        return any(found)
 
     def _attribute(self, fault: Fault, written: Written) -> SizeSite | None:
         """An attribute that holds the number, not tried before at this place."""
@@ -200,11 +222,14 @@ class _Resolver:
             for path, value in integers(self.modules[module]).items():
                 if value != written.number or path.partition("[")[0] not in fault.names:
                     continue
+                if (*key, module, path) in self.now:  # the same place, met again in this round
+                    return self._claim(module, path, written)
                 if any((site.module, site.attribute) == (module, path) for site in tried):
                     continue
                 self._withdraw(tried)
                 site = self._claim(module, path, written)
                 tried.append(site)
+                self.now.add((*key, module, path))
                 return site
         self._withdraw(tried)
         return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bevel.graph.layers import FIXED, Layer, along, compact
 from bevel.graph.record import Call, Frame, Recording, Value
+from bevel.graph.zeros import Zeros
 
 Handler = Callable[["Propagation", Call], None]
 FrameHandler = Callable[["Propagation", Frame], None]
@@ -97,6 +98,7 @@ class Propagation:
         self.nodes: dict[bytes, Nodes] = {}
         self.costs: list[CostTerm] = []
         self.sizes: list[SizeSite] = []
+        self.zeros = Zeros()
         self.expected: dict[int, list[tuple[int, Extent]]] = {}
         """Index of a call -> integers among its arguments that must follow these lengths."""
         self.position = 0
@@ -340,6 +342,7 @@ def propagate(
     for position, call in enumerate(recording.calls):
         state.position = position
         handlers(call)(state, call)
+        state.zeros.follow(call)
     for frame in recording.frames:
         if frame.function in frame_handlers:
             frame_handlers[frame.function](state, frame)

@@ -247,7 +247,8 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         arguments = tuple(self.value(argument) for argument in args)
         keywords = {key: self.value(item) for key, item in kwargs.items()}
-        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # a scripted function's operators come here directly
+            result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         recorded = tuple(self.value(output) for output in outputs)
         self.recording.calls.append(Call(func, arguments, keywords, recorded, self.modules.top))

@@ -298,6 +298,8 @@ class _Rehearsal(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _inside_torch(sys._getframe(1)):  # a scripted function, interpreted on meta tensors
+            return func(*args, **kwargs)
         if func == _DEVICE:  # code that asks gets the answer it got when it was recorded
             return self.device
         if _names_device(args, kwargs):
@@ -564,6 +566,20 @@ def _numbers(func: Any, arguments: Any) -> list[Any]:
 
 
 _DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+
+
+_INSIDE = tuple(
+    f"{Path(torch.__file__).parent}{os.sep}{part}"
+    for part in ("_refs", "_prims", "_decomp", "_meta_registrations")
+)
+"""Torch's own implementation in Python of operators on meta tensors."""
+
+
+def _inside_torch(frame: FrameType | None) -> bool:
+    """Whether a call comes from there."""
+    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_INSIDE)
 
 
 def _names_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

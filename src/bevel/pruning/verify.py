@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bevel.core.errors import FORWARD_FAULTS, ProofError, one_line
@@ -162,7 +163,7 @@ def compare(masked: nn.Module, pruned: nn.Module, inputs: Sequence[ExampleInputs
     """Largest relative difference per output tensor, both networks run in float64."""
     worst: list[float] = []
     left, right = _double(masked), _double(pruned)
-    with evaluating(left), evaluating(right), torch.no_grad():
+    with evaluating(left), evaluating(right), torch.no_grad(), _InDouble():
         for arguments in inputs:
             exact = map_inputs(arguments, _to_double)
             expected, got = _outputs(left, exact), _outputs(right, exact)
@@ -202,6 +203,25 @@ def _culprits(net: nn.Module, plan: PruningPlan, inputs: Sequence[ExampleInputs]
         return f"no single group of {', '.join(cut[:5])} is at fault alone"
     name, reason = next(iter(faults.items()))
     return f"the channel group '{name}' is at fault: {reason}"
+
+
+class _InDouble(TorchFunctionMode):
+    """Code that asks for float32 by name gets float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.float:
+            return args[0].double()
+        if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
+            args = tuple(_wide(x) for x in args)
+            kwargs = {name: _wide(x) for name, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 def _double(net: nn.Module) -> nn.Module:

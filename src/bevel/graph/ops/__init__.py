@@ -41,7 +41,10 @@ HANDLERS: dict[str, Handler] = {
     **recurrent.HANDLERS,
 }
 
-FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {**attention.FRAME_HANDLERS}
+FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {
+    **attention.FRAME_HANDLERS,
+    **movement.FRAME_HANDLERS,
+}
 """Of torch functions that do more than their operators show."""
 
 

@@ -65,6 +65,9 @@ def _inner(state: Propagation, call: Call, q: Value, k: Value) -> None:
         for layer in (*left, *right):
             state.freeze_layer(layer, reason)
         return
+    if state.zeros.summed(q, k):
+        for layer in (*left, *right):
+            state.mark_inexact(layer, f"what is left of it is summed: {call.place}")
     for a, b in zip(left, right, strict=True):
         a = a.moved(a.ids.narrow(last - 1, 0, 1), last)
         b = b.moved(b.ids.narrow(last - 1, 0, 1), last)

@@ -84,6 +84,20 @@ def _detail(layers: Sequence[Layer]) -> tuple[int, int]:
     return len(layers), max((len(layer.dims) for layer in layers), default=0)
 
 
+def glu(state: Propagation, call: Call) -> None:
+    """`glu(x, dim)`: the first half times the sigmoid of the second; equal indices go."""
+    x, output = call.arguments[0], call.output
+    dim = int(call.argument(1, "dim", -1)) % len(x.shape)
+    halves: list[list[Layer]] = [[], []]
+    for layer in state.of(x):
+        if layer.dim != dim and dim in layer.dims:
+            layer = state.uniform(layer, dim, f"its halves meet: {call.place}")
+        for half, ids in zip(halves, layer.ids.chunk(2, dim), strict=True):
+            half.append(layer.moved(ids, layer.dim))
+    operands = [(output.shape, half) for half in halves]
+    state.set(output, combine(state, operands, output.shape, call.place))
+
+
 def constant(state: Propagation, call: Call) -> None:
     """Operators that fill a new tensor with one value: it can have any length."""
     output = call.output
@@ -121,7 +135,7 @@ def copy_into(state: Propagation, call: Call) -> None:
 _POINTWISE = (
     "hardswish", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "softplus", "where",
     "masked_fill", "rrelu_with_noise", "log_sigmoid_forward", "bernoulli", "lerp", "addcmul",
-    "addcdiv", "fake_quantize_per_tensor_affine", "glu_jvp", "copy", "copy_", "dequantize",
+    "addcdiv", "floor_divide", "fake_quantize_per_tensor_affine", "glu_jvp", "copy", "copy_", "dequantize",
 )  # fmt: skip
 _CONSTANT = ("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones",
     "new_full", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")  # fmt: skip
@@ -135,6 +149,7 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": like for name in _LIKE},
     **{f"aten.{name}": nothing for name in _NOTHING},
     "aten.copy_": copy_into,
+    "aten.glu": glu,
     **{f"aten.{name}": like for name in ("fill_", "zero_", "uniform_", "normal_", "fill", "zero",
         "bernoulli_", "random_", "exponential_")},
 }  # fmt: skip

@@ -120,6 +120,9 @@ def _contracted(state: Propagation, call: Call, a: Value, b: Value) -> None:
         for layer in (*left, *right):
             state.freeze_layer(layer, reason)
         return
+    if state.zeros.summed(a, b):
+        for layer in (*left, *right):
+            state.mark_inexact(layer, f"what is left of it is summed: {call.place}")
     for x, y in zip(left, right, strict=True):
         # Both as (..., K): the other matrix dimension is gone.
         x = x.moved(x.ids.narrow(column, 0, 1).squeeze(column), column)

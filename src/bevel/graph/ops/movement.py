@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,15 @@ from torch import Tensor
 
 from bevel.graph.layers import Layer, along, compact, settle, widen
 from bevel.graph.ops.views import reshape
-from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
-from bevel.graph.record import Call, Value
+from bevel.graph.propagate import (
+    Blocks,
+    Extent,
+    FrameHandler,
+    Handler,
+    Propagation,
+    SizeSite,
+)
+from bevel.graph.record import Call, Frame, Value
 
 
 def permute(state: Propagation, call: Call) -> None:
@@ -357,6 +364,21 @@ def as_strided(state: Propagation, call: Call) -> None:
     return state.set(output, [])
 
 
+def tensor_split(state: Propagation, frame: Frame) -> None:
+    """`tensor_split(x, parts, dim)` counts its parts from the size: equal counts in each."""
+    x, parts = frame.arguments[0], frame.arguments[1]
+    if not isinstance(parts, int):
+        return
+    given = frame.keyword("dim")
+    dim = frame.arguments[2] if given is None and len(frame.arguments) > 2 else given or 0
+    for layer in state.on(x, int(dim) % len(x.shape)):
+        if layer.ids.shape[layer.dim] % parts or not layer.flat:
+            state.freeze_layer(layer, f"split into {parts} uneven parts")
+        else:
+            ids = layer.vector().reshape(parts, -1).numpy()
+            state.blocks.append(Blocks(ids, f"tensor_split in {frame.module}"))
+
+
 def channel_shuffle(state: Propagation, call: Call) -> None:
     """`channel_shuffle(x, groups)`: view (g, C/g), transposed, flat again."""
     source, output = call.inputs()[0], call.output
@@ -378,6 +400,11 @@ _SAME = (
     "native_dropout", "lift_fresh_copy", "detach_", "positive", "resolve_conj", "resolve_neg",
     "pin_memory", "nan_to_num", "channel_dropout",
 )  # fmt: skip
+
+FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {
+    torch.tensor_split: tensor_split,
+    Tensor.tensor_split: tensor_split,
+}
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": same for name in _SAME},

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from bevel.graph.layers import Layer
 from bevel.graph.ops.elementwise import combine
-from bevel.graph.propagate import Blocks, Handler, Propagation
+from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Value
 
 
@@ -61,6 +63,10 @@ def _over_last(
             state.mark_inexact(layer, f"a statistic across it: {call.place}")
             if layer.flat:
                 state.expect(x.shape[layer.dim], layer.vector())
+                if isinstance(state.modules.get(call.module), nn.LayerNorm | nn.RMSNorm):
+                    path = f"normalized_shape[{layer.dim - first}]"
+                    extents = (Extent(layer.vector().numpy()),)
+                    state.sizes.append(SizeSite(call.module, path, extents))
     if count == 1 and len(own := [x for x in layers if x.dim == first]) == 1 and own[0].flat:
         for value in affine:
             state.adopt(value, 0, own[0].vector(), f"fixed: {call.place}")

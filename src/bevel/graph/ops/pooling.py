@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from bevel.graph.layers import Layer, along
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
@@ -101,14 +99,24 @@ def pixel_unshuffle(state: Propagation, call: Call) -> None:
     state.set(output, layers)
 
 
-def local_response(state: Propagation, call: Call) -> None:
-    """`avg_pool3d` over channels, as local response norm does: neighbours change."""
+def average(state: Propagation, call: Call) -> None:
+    """`avg_pool2d/3d`; with windows (k, 1, ...) it is local response norm's mean of neighbours."""
     x, output = call.arguments[0], call.output
-    if len(x.shape) == 5 and x.shape[:2] == output.shape[:2]:
-        for layer in state.of(x):
-            if layer.dim == 2 and torch.equal(torch.tensor(x.shape[3:]), torch.tensor(output.shape[3:])):
-                state.mark_inexact(layer, f"a statistic across neighbours: {call.place}")
-    pool(state, call)
+    kernel = [int(k) for k in call.arguments[1]]
+    dim = len(x.shape) - len(kernel)
+    if kernel[0] == 1 or len(kernel) == 1 or any(k != 1 for k in kernel[1:]):
+        return pool(state, call)
+    layers = []
+    for layer in state.of(x):
+        if layer.dim == dim and layer.flat and x.shape[dim] - kernel[0] + 1 == output.shape[dim]:
+            state.mark_inexact(layer, f"a statistic across neighbours: {call.place}")
+            middle = layer.vector()[kernel[0] // 2 :][: output.shape[dim]]
+            layers.append(along(middle, dim, output.shape))
+        elif layer.dim == dim or dim in layer.dims:
+            state.freeze_layer(layer, f"it varies over pooled positions: {call.place}")
+        else:
+            layers.append(layer.moved(layer.compact().expand(output.shape), layer.dim))
+    return state.set(output, layers)
 
 
 _POOL = (
@@ -131,6 +139,8 @@ _BY_CHANNEL = (
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": pool for name in _POOL},
+    "aten.avg_pool2d": average,
+    "aten.avg_pool3d": average,
     **dict.fromkeys(_BY_CHANNEL, by_channel),
     "aten.im2col": windows,
     "aten.col2im": unwindow,
