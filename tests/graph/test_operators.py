@@ -28,20 +28,6 @@ from graph.structures import (
 from networks import conv, randomise
 
 STRUCTURES: dict[str, Structure] = {}
-KNOWN = {
-    "layer_norm_without_weight": "normalized_shape does not follow without a weight",
-    "local_response_norm": "avg_pool3d over channels freezes them",
-    "attention_separate": "a product of two attributes is frozen before they follow",
-    "attention_linear": "a contraction of tensors that are not zero where masked is called exact",
-    "glu": "aten.glu has no handler",
-    "gathered_positions": "aten.floor_divide has no handler",
-    "scripted": "operators of a scripted function are taken for functions of the network",
-    "asserting": "an attribute met twice in one round is withdrawn",
-    "split_by_attribute": "an attribute met twice in one round is withdrawn",
-}
-"""Structures that the engine does not get right yet, with what happens."""
-
-
 def structure(**options: Any) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the network that a class or function builds to the test."""
 
@@ -1123,20 +1109,11 @@ def _one_thread():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name]))
-        if name in KNOWN
-        else name
-        for name in STRUCTURES
-    ],
-)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_structure(name):
     check(STRUCTURES[name])
 
 
-@pytest.mark.xfail(strict=True, reason="the scale of nn.MultiheadAttention is not seen")
 def test_multihead_attention_is_as_wide_inside_as_outside():
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -368,20 +368,7 @@ def onnx_differences(net: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> 
     return [relative(a, torch.from_numpy(b)) for a, b in zip(expected, arrays, strict=True)]
 
 
-FAULTY = {
-    "raft": "torch.tensor(size), by which a correlation is divided, freezes all groups; and its "
-    "coordinates stay float32 when the proof runs in float64"
-}
-"""Networks that the engine cannot prune yet, and why."""
-PARAMETERS = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FAULTY[name]))
-    if name in FAULTY
-    else name
-    for name in CASES
-]
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", CASES)
 def test_prunes_trains_reloads_and_exports(
     name: str, tmp_path: Path, reader: Callable[[str, Path], list[float]]
 ) -> None:

@@ -26,6 +26,12 @@ ROUNDS = 12
 TRIALS = 2
 """Rehearsals with different cuts that have to be without fault."""
 
+MANY_TRIALS = 8
+"""The same for networks of few functions: sizes below ten easily agree by chance."""
+
+SMALL = 60
+"""Torch functions that a pass of a small network calls."""
+
 SEARCHES = 24
 """Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
 
@@ -45,11 +51,12 @@ def follow_sizes(
     _tie_attention(net, state)
     stage = Stage(net, example_inputs)
     resolver = _Resolver(net, state)
+    turns = TRIALS if len(recording.frames) > SMALL else MANY_TRIALS
     for attempt in range(ROUNDS):
         grouping = Grouping(state)
         if not trial(grouping, 0):
             return grouping
-        for turn in range(TRIALS):
+        for turn in range(turns):
             keep = trial(grouping, turn)
             prediction = Prediction(grouping, keep)
             faults = rehearse(stage, recording, prediction)
@@ -119,6 +126,8 @@ def trial(grouping: Grouping, turn: int) -> dict[int, np.ndarray]:
             continue
         most = max(length // 2, 1) if turn == 0 else length - 1
         cut = 1 + (number % most if turn == 0 else int(generator.integers(most)))
+        if turn > 1:  # each bit of the group's number, and its complement
+            cut = most if (number >> (turn // 2 - 1) & 1) == turn % 2 else 1
         mask = np.ones(group.size, dtype=bool)
         for row in rows:
             mask[generator.permutation(row)[:cut]] = False

@@ -124,6 +124,14 @@ class PruningPlan(Record):
 
 def _compose(name: str, first: TensorCut, second: TensorCut) -> TensorCut:
     keep: dict[int, str | list[str]] = dict(first.keep)
+    left = list(first.shape)
+    for dim, runs in first.keep.items():
+        left[dim] = len(indices(runs if isinstance(runs, str) else runs[0]))
+    if left != second.shape:
+        raise PruningError(
+            f"the second plan was made for '{name}' of shape {second.shape}, the first leaves "
+            f"{left}: it was made for another network"
+        )
     for dim, runs in second.keep.items():
         earlier = first.keep.get(dim)
         if earlier is None:
