@@ -195,12 +195,12 @@ def _frozen_share(analysis: Any, plan: Any) -> float | None:
     """The share of the MACs in calls of which at least one width must stay as it is."""
     prunable = {group.name for group in plan.groups}
     frozen = {i for i, group in enumerate(analysis.groups) if group.name not in prunable}
-    full = analysis.full()
+    shares = analysis.shares(analysis.full())
     total = touched = 0.0
     for term in analysis.macs:
-        value = float(term.at(full))
+        value = term.at(shares)
         total += value
-        if any(int(group) in frozen for length in term.lengths for group in length.groups):
+        if term.touched() & frozen:
             touched += value
     return touched / total if total else None
 
