@@ -141,18 +141,19 @@ class Grouping:
 
     def _cross(self, held: np.ndarray, owner: np.ndarray, group: np.ndarray) -> None:
         """Nodes that overlap without one lying in the other cannot go."""
-        size = dict(zip(*np.unique(group, return_counts=True), strict=True))
-        shared: dict[tuple[int, int], int] = {}
-        starts = np.flatnonzero(np.r_[True, held[1:] != held[:-1]])
-        for start, end in zip(starts, np.r_[starts[1:], len(held)], strict=True):
-            if end - start > 1:
-                for i in range(start, end):
-                    for j in range(i + 1, end):
-                        key = (int(group[i]), int(group[j]))
-                        shared[key] = shared.get(key, 0) + 1
-        bad = {g for (a, b), n in shared.items() if n < min(size[a], size[b]) for g in (a, b)}
+        names, inverse, size = np.unique(group, return_inverse=True, return_counts=True)
+        starts = np.r_[True, held[1:] != held[:-1]]
+        run = np.cumsum(starts)
+        bad: set[int] = set()
+        for offset in range(1, int(np.bincount(run).max())):
+            both = np.flatnonzero(run[offset:] == run[:-offset])
+            pairs = inverse[both] * len(names) + inverse[both + offset]
+            shared, counts = np.unique(pairs, return_counts=True)
+            left, right = shared // len(names), shared % len(names)
+            crossing = counts < np.minimum(size[left], size[right])
+            bad |= {*left[crossing].tolist(), *right[crossing].tolist()}
         if bad:
-            ids = np.unique(owner[np.isin(group, list(bad))])
+            ids = np.unique(owner[np.isin(inverse, list(bad))])
             self.state.frozen.append(Mark(ids, "it is cut into blocks in two ways", True))
 
     def nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:

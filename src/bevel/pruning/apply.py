@@ -58,17 +58,24 @@ def _sliced(net: nn.Module, plan: PruningPlan) -> dict[int, Tensor]:
 
 def cut_tensor(tensor: Tensor, cut: TensorCut) -> Tensor:
     """A contiguous copy of what stays of a tensor."""
-    for dim in sorted(cut.keep, reverse=True):  # blocks of dimension 0 are cut before dimension 0
+    # Rows first, they are cheap to copy; but blocks of dimension 0 are cut before dimension 0.
+    blocks = any(isinstance(runs, list) for runs in cut.keep.values())
+    original = tensor
+    for dim in sorted(cut.keep, reverse=blocks):
         runs = cut.keep[dim]
         if isinstance(runs, str):
-            tensor = tensor.index_select(dim, torch.from_numpy(indices(runs)))
+            tensor = tensor.index_select(dim, _positions(runs))
         else:
             parts = [
-                part.index_select(dim, torch.from_numpy(indices(block)))
+                part.index_select(dim, _positions(block))
                 for part, block in zip(tensor.chunk(len(runs)), runs, strict=True)
             ]
             tensor = torch.cat(parts)
-    return tensor.contiguous().clone()
+    return tensor.clone() if tensor is original else tensor.contiguous()
+
+
+def _positions(runs: str) -> Tensor:
+    return torch.tensor(indices(runs))
 
 
 def _check(net: nn.Module, plan: PruningPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,23 +168,28 @@ def runs_of(kept: np.ndarray | Sequence[int]) -> str:
     )
 
 
+@lru_cache(maxsize=4096)
 def indices(runs: str) -> np.ndarray:
-    """The inverse of `runs_of`.
+    """The inverse of `runs_of`; many tensors of a plan share their runs, so it is remembered.
 
     Raises:
         PruningError: the text is not a list of ascending runs.
     """
     if not runs:
         return np.array([], dtype=np.int64)
-    parts = []
+    starts, ends = [], []
     for run in runs.split(","):
         start, _, end = run.partition("-")
         if not start.isdecimal() or not (end or start).isdecimal():
             raise PruningError(f"'{run}' is not a run of indices such as 4 or 0-15")
-        parts.append(np.arange(int(start), int(end or start) + 1))
-    joined = np.concatenate(parts)
-    if (np.diff(joined) <= 0).any() or any(part.size == 0 for part in parts):
+        starts.append(int(start))
+        ends.append(int(end or start) + 1)
+    first, last = np.array(starts), np.array(ends)
+    if (first >= last).any() or (first[1:] < last[:-1]).any():
         raise PruningError(f"the runs '{runs}' are not ascending")
+    lengths = last - first
+    joined = np.arange(lengths.sum()) + np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+    joined.flags.writeable = False  # it is shared
     return joined
 
 
