@@ -60,9 +60,7 @@ def measure(net: nn.Module, image: Tensor, repetitions: int) -> dict[str, float]
         net(image)
         forward, _ = best(lambda: net(image), repetitions)
     analysis, _ = best(lambda: bevel.analyze(net, image), repetitions)
-    plan, found = best(
-        lambda: bevel.plan_pruning(net, image, budget={"macs": 0.5}), repetitions
-    )
+    plan, found = best(lambda: bevel.plan_pruning(net, image, budget={"macs": 0.5}), repetitions)
     slicing, _ = best(lambda: bevel.prune(net, found), repetitions)
     return {"forward": forward, "analysis": analysis, "plan": plan, "slicing": slicing}
 

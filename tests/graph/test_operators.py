@@ -28,6 +28,8 @@ from graph.structures import (
 from networks import conv, randomise
 
 STRUCTURES: dict[str, Structure] = {}
+
+
 def structure(**options: Any) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the network that a class or function builds to the test."""
 

@@ -59,9 +59,7 @@ def random_mask(group: ChannelGroup, random: np.random.Generator, least: int) ->
     return mask
 
 
-def random_plan(
-    analysis: Analysis, random: np.random.Generator, least: int = 1
-) -> PruningPlan:
+def random_plan(analysis: Analysis, random: np.random.Generator, least: int = 1) -> PruningPlan:
     """Cuts each prunable group with a probability that differs from plan to plan.
 
     Every other plan cuts only where masking is exact, so that its proof cannot be lenient.

@@ -260,7 +260,7 @@ def test_a_second_plan_of_the_original_instead_of_the_pruned() -> None:
     first = plan_of(Plain)
     left = first.tensors[FIRST].keep[0]
     message = one_line(PruningError, first.then, plan_of(Plain, budget={"macs": 0.9}))
-    assert "index 15 of features.0.0.weight, dimension 0, of which the first leaves" in message
+    assert "made for 'features.0.0.weight' of shape [16, 3, 3, 3], the first leaves" in message
     assert left != "0-15"
 
 

@@ -56,8 +56,9 @@ def layer_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
 
 def recurrent(module: nn.RNNBase) -> None:
     """Hidden and input size of all layers and directions."""
-    module.hidden_size = module.weight_hh_l0.shape[1]
-    module.input_size = module.weight_ih_l0.shape[1]
+    weights = dict(module.named_parameters())
+    module.hidden_size = weights["weight_hh_l0"].shape[1]
+    module.input_size = weights["weight_ih_l0"].shape[1]
 
 
 def embedding(module: nn.Embedding) -> None:

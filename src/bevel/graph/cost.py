@@ -59,8 +59,10 @@ class Total:
         self._fixed = np.array([length.fixed for length in lengths] + [1.0])
         self._owner = np.repeat(np.arange(len(lengths)), [len(x.counts) for x in lengths])
         depth = max((x.groups.shape[1] for x in lengths), default=1)
-        rows = [np.pad(x.groups, ((0, 0), (0, depth - x.groups.shape[1])), constant_values=-1)
-                for x in lengths]
+        rows = [
+            np.pad(x.groups, ((0, 0), (0, depth - x.groups.shape[1])), constant_values=-1)
+            for x in lengths
+        ]
         self._groups = np.concatenate(rows) if rows else np.zeros((0, depth), dtype=np.int64)
         self._counts = np.concatenate([x.counts for x in lengths]) if rows else np.zeros(0)
         width = max((len(term.lengths) for term in terms), default=0)

@@ -129,9 +129,7 @@ class Analysis:
         return touched
 
 
-def _axis_report(
-    tensor: str, dim: int, size: int, groups: Sequence[ChannelGroup]
-) -> AxisReport:
+def _axis_report(tensor: str, dim: int, size: int, groups: Sequence[ChannelGroup]) -> AxisReport:
     free = [group for group in groups if group.frozen is None]
     stuck = next((group.frozen for group in groups if group.frozen is not None), None)
     blocks = [group for group in free if group.blocks is not None]
@@ -189,9 +187,7 @@ def _ignore(state: Propagation, ignore: Sequence[str]) -> None:
             state.frozen.append(Mark(ids[ids != 0], f"ignored on request ('{pattern}')"))
 
 
-def _analysis(
-    net: nn.Module, state: Propagation, grouping: Grouping, batch: int
-) -> Analysis:
+def _analysis(net: nn.Module, state: Propagation, grouping: Grouping, batch: int) -> Analysis:
     macs = tuple(
         Term(term.module, term.factor / batch, tuple(map(grouping.length, term.extents)))
         for term in state.costs
@@ -206,9 +202,7 @@ def _analysis(
         lengths = tuple(grouping.length(Extent(ids)) for _, ids in live)
         params.append(Term(name.rpartition(".")[0], factor, lengths))
     attributes = tuple(
-        SizeAttribute(
-            site.module, site.attribute, *grouping.members(site.extents[0]), site.factor
-        )
+        SizeAttribute(site.module, site.attribute, *grouping.members(site.extents[0]), site.factor)
         for site in state.sizes
     )
     return Analysis(

@@ -134,7 +134,9 @@ class Grouping:
         _, first = np.unique(held * self.state.count + nodes[owner], return_index=True)
         held, owner = held[first], owner[first]
         starts = np.r_[True, held[1:] != held[:-1]]
-        rank = np.arange(len(held)) - np.maximum.accumulate(np.where(starts, np.arange(len(held)), 0))
+        rank = np.arange(len(held)) - np.maximum.accumulate(
+            np.where(starts, np.arange(len(held)), 0)
+        )
         slots = np.zeros((int(rank.max()) + 1, count), dtype=np.int64)
         slots[rank, held] = owner
         return slots
@@ -357,7 +359,8 @@ class Grouping:
 
     def same(self, ids: np.ndarray) -> np.ndarray:
         """Classes of ids that are one and the same index."""
-        return self._same[ids]
+        found: np.ndarray = self._same[ids]
+        return found
 
     def plain_axes(self, module: str) -> list[np.ndarray]:
         """The ids of all parameter axes but those of grouped convolutions, a module's own first."""
@@ -382,9 +385,7 @@ class Grouping:
             )
         table, counts = np.unique(rows, axis=0, return_counts=True)
         free = (table < 0).all(axis=1)
-        return Length(
-            float(counts[free].sum()) / divisor, counts[~free] / divisor, table[~free]
-        )
+        return Length(float(counts[free].sum()) / divisor, counts[~free] / divisor, table[~free])
 
     def members(self, extent: Extent) -> tuple[np.ndarray, np.ndarray]:
         """(n, depth) groups and unit positions that the n ids of an extent depend on, -1: none."""

@@ -51,6 +51,7 @@ def follow_sizes(
     _tie_attention(net, state)
     stage = Stage(net, example_inputs)
     resolver = _Resolver(net, state)
+    known: set[str] = set()  # places of numbers that are marked already
     turns = TRIALS if len(recording.frames) > SMALL else MANY_TRIALS
     for attempt in range(ROUNDS):
         grouping = Grouping(state)
@@ -59,7 +60,11 @@ def follow_sizes(
         for turn in range(turns):
             keep = trial(grouping, turn)
             prediction = Prediction(grouping, keep)
-            faults = rehearse(stage, recording, prediction)
+            faults = [
+                fault
+                for fault in rehearse(stage, recording, prediction)
+                if fault.kind is not Kind.NUMBER or fault.place not in known
+            ]
             if faults:
                 break
         else:
@@ -82,7 +87,7 @@ def follow_sizes(
             state.frozen += search.marks(elsewhere, "its size is read elsewhere")
             continue
         state.inexact += search.marks(faults, "its size enters a number")
-        return Grouping(state)
+        known |= {fault.place for fault in faults}
     grouping = Grouping(state)
     for number in trial(grouping, 0):
         reason = f"{faults[0].error} ({faults[0].place})"
@@ -112,10 +117,11 @@ def _tie_attention(net: nn.Module, state: Propagation) -> None:
 
 
 def trial(grouping: Grouping, turn: int) -> dict[int, np.ndarray]:
-    """Masks that cut every group that can shrink.
+    """Masks that cut the groups that can shrink.
 
-    In the first turn, groups that follow each other are cut by different amounts; in the others
-    the amounts are random, so that sizes that agree by chance in one turn differ in another.
+    In the first turn, groups that follow each other are cut by different amounts, in the second by
+    random ones, in the others by much or not at all, so that sizes that agree by chance in one
+    turn differ in another.
     """
     generator = np.random.default_rng(turn)
     keep: dict[int, np.ndarray] = {}
@@ -124,10 +130,14 @@ def trial(grouping: Grouping, turn: int) -> dict[int, np.ndarray]:
         length = rows.shape[1]
         if group.frozen is not None or length < 2:
             continue
-        most = max(length // 2, 1) if turn == 0 else length - 1
-        cut = 1 + (number % most if turn == 0 else int(generator.integers(most)))
-        if turn > 1:  # each bit of the group's number, and its complement
-            cut = most if (number >> (turn // 2 - 1) & 1) == turn % 2 else 1
+        if turn == 0:
+            cut = 1 + number % max(length // 2, 1)
+        elif turn == 1:
+            cut = int(generator.integers(length))
+        else:  # a bit of the group's number, or its complement
+            cut = length - 1 if (number >> (turn // 2 - 1) & 1) == turn % 2 else 0
+        if not cut:
+            continue
         mask = np.ones(group.size, dtype=bool)
         for row in rows:
             mask[generator.permutation(row)[:cut]] = False
@@ -147,9 +157,7 @@ class _Resolver:
         self.claims: dict[tuple[str, str], Written] = {}
         self.now: set[tuple[str, str, int, str, str]] = set()
 
-    def tie(
-        self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction
-    ) -> bool:
+    def tie(self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction) -> bool:
         """Tie an axis to the one from which the code takes its size; whether there was any.
 
         `B, N, C = x.shape; ...; y.reshape(B, N, C)` makes y as wide as x: attention written like
@@ -170,9 +178,7 @@ class _Resolver:
                     found = True
         return found
 
-    def _bind(
-        self, grouping: Grouping, inner: np.ndarray, outer: np.ndarray, reason: str
-    ) -> None:
+    def _bind(self, grouping: Grouping, inner: np.ndarray, outer: np.ndarray, reason: str) -> None:
         """Each run of inner ids has the outer ones; what holds the inner ids cannot go alone."""
         known = self.bound.setdefault(outer.tobytes(), set())
         for row in inner.reshape(-1, outer.size):
@@ -277,7 +283,9 @@ class _Resolver:
 
     def _freeze(self, extents: Sequence[Extent], reason: str) -> None:
         for extent in extents:
-            self.state.frozen.append(Mark(np.unique(extent.ids[extent.ids != 0]), reason, extent.level))
+            self.state.frozen.append(
+                Mark(np.unique(extent.ids[extent.ids != 0]), reason, extent.level)
+            )
 
 
 class _Search:
@@ -304,8 +312,9 @@ class _Search:
         else:
             found = list(self._culprits(places, likely)) if likely else []
         found += self._culprits(places, rest) if rest else []
+        said = {f.place: f": {f.error}" for f in faults if f.kind is Kind.RAISED}
         return [
-            Mark(self.grouping.ids_of(number), f"{what} ({place})", True)
+            Mark(self.grouping.ids_of(number), f"{what} ({place}{said.get(place, '')})", True)
             for number, place in found
         ]
 

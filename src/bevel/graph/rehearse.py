@@ -182,7 +182,7 @@ class Stage:
                     if id(tensor) not in replaced:
                         shape = prediction.parameter(self.names[id(tensor)], tensor.shape)
                         replaced[id(tensor)] = meta(tensor, shape)
-                    tensors[leaf] = replaced[id(tensor)]  # type: ignore[assignment]
+                    tensors[leaf] = replaced[id(tensor)]
             if isinstance(module, nn.RNNBase):
                 names = module._flat_weights_names
                 module._flat_weights = [getattr(module, name) for name in names]
@@ -272,7 +272,8 @@ _ARITHMETIC = frozenset(
     {
         "mul", "div", "add", "sub", "pow", "rsub", "true_divide", "floor_divide", "__rtruediv__",
         "__rdiv__", "__rsub__", "__rpow__", "__rmul__", "__radd__", "tensor", "full", "mul_",
-        "div_", "add_", "sub_", "as_tensor", "scalar_tensor", "__rfloordiv__", "scaled_dot_product_attention",
+        "div_", "add_", "sub_", "as_tensor", "scalar_tensor", "__rfloordiv__",
+        "scaled_dot_product_attention",
     }
 )  # fmt: skip
 """Functions in which an integer is a number, not a size or a position."""
@@ -309,8 +310,8 @@ class _Rehearsal(TorchFunctionMode):
             # Functions whose result is no tensor are not part of the recording.
             result = func(*args, **kwargs) if func not in READS_DATA else None
             if func in READS_DATA or is_frame(func, result):
-                error = f"it calls {_name(func)}, the original {_called(expected)}"
-                self.faults.append(self.fault(None, error, kind=Kind.PATH))
+                other = f"it calls {_name(func)}, the original {_called(expected)}"
+                self.faults.append(self.fault(None, other, kind=Kind.PATH))
                 raise _DivergedError
             return result
         if func in READS_DATA:
@@ -371,12 +372,10 @@ class _Rehearsal(TorchFunctionMode):
         wrong = self._wrong(frame, result)
         if wrong:
             return self._repair(frame, wrong, (args, kwargs))
-        for error in self._unexpected(frame, seen):
-            self.faults.append(self.fault(frame, error, (args, kwargs)))
+        for unexpected in self._unexpected(frame, seen):
+            self.faults.append(self.fault(frame, unexpected, (args, kwargs)))
         if _numbers(func, (args, kwargs)) != _numbers(func, frame.arguments):
-            self.faults.append(
-                self.fault(frame, "a number computed from a size", kind=Kind.NUMBER)
-            )
+            self.faults.append(self.fault(frame, "a number computed from a size", kind=Kind.NUMBER))
         return result
 
     def _repair(self, frame: Frame, error: str, arguments: Any) -> Any:
@@ -416,9 +415,7 @@ class _Rehearsal(TorchFunctionMode):
 
     def _changed(self, frame: Frame) -> bool:
         """Whether any tensor of the frame has another size than in the recording."""
-        return any(
-            self.prediction.shape(value) != value.shape for value in self._values(frame)
-        )
+        return any(self.prediction.shape(value) != value.shape for value in self._values(frame))
 
     def _values(self, frame: Frame) -> Iterator[Value]:
         for leaf in tree_leaves((frame.arguments, frame.result)):
@@ -565,7 +562,7 @@ def _numbers(func: Any, arguments: Any) -> list[Any]:
     ]
 
 
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 
 
 _INSIDE = tuple(
@@ -623,4 +620,3 @@ def _place(frame: FrameType | None) -> str:
     if frame is None:
         return "torch"
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-

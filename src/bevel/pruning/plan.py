@@ -188,7 +188,9 @@ def indices(runs: str) -> np.ndarray:
     if (first >= last).any() or (first[1:] < last[:-1]).any():
         raise PruningError(f"the runs '{runs}' are not ascending")
     lengths = last - first
-    joined = np.arange(lengths.sum()) + np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+    joined: np.ndarray = np.arange(lengths.sum()) + np.repeat(
+        first - np.cumsum(lengths) + lengths, lengths
+    )
     joined.flags.writeable = False  # it is shared
     return joined
 

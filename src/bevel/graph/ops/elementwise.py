@@ -62,7 +62,7 @@ def _size(shape: tuple[int, ...], dim: int) -> int:
 
 def _meet(state: Propagation, own: Sequence[Sequence[Layer]], place: str) -> list[Layer]:
     """Join the layers of one dimension over all operands that have its full length."""
-    found = max(own, key=_detail, default=[])
+    found: Sequence[Layer] = max(own, key=_detail) if own else ()
     if not found:
         return []
     for layers in own:
@@ -76,7 +76,7 @@ def _meet(state: Propagation, own: Sequence[Sequence[Layer]], place: str) -> lis
             join(state, a, b, f"a fixed part meets it: {place}")
     if any(layer.virtual for layer in found):
         real = [layers for layers in own if layers and not any(x.virtual for x in layers)]
-        return list(max(real, key=_detail, default=found))
+        return list(max(real, key=_detail) if real else found)
     return list(found)
 
 
@@ -135,7 +135,8 @@ def copy_into(state: Propagation, call: Call) -> None:
 _POINTWISE = (
     "hardswish", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "softplus", "where",
     "masked_fill", "rrelu_with_noise", "log_sigmoid_forward", "bernoulli", "lerp", "addcmul",
-    "addcdiv", "floor_divide", "fake_quantize_per_tensor_affine", "glu_jvp", "copy", "copy_", "dequantize",
+    "addcdiv", "floor_divide", "fake_quantize_per_tensor_affine", "glu_jvp", "copy",
+    "dequantize",
 )  # fmt: skip
 _CONSTANT = ("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones",
     "new_full", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")  # fmt: skip

@@ -27,7 +27,9 @@ def index(state: Propagation, call: Call) -> None:
         ids = _indexed(layer, tensors)
         if ids is not None and ids.shape == output.shape:
             settled = settle(ids)
-            dim = next((d for d in range(ids.ndim) if settled.stride(d) and settled.shape[d] > 1), 0)
+            dim = next(
+                (d for d in range(ids.ndim) if settled.stride(d) and settled.shape[d] > 1), 0
+            )
             layers.append(layer.moved(settled, dim))
         else:
             state.freeze_layer(layer, f"indexed by position: {call.place}")

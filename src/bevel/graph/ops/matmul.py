@@ -10,7 +10,7 @@ from torch import Tensor
 from bevel.graph.layers import FIXED, Layer, along
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.ops.movement import join
-from bevel.graph.propagate import Handler, Propagation
+from bevel.graph.propagate import Extent, Handler, Propagation
 from bevel.graph.record import Call, Value
 
 
@@ -105,7 +105,7 @@ def _others(state: Propagation, value: Value, dim: int, reason: str) -> list[Lay
     return [state.uniform(layer, dim, reason) for layer in state.of(value) if layer.dim != dim]
 
 
-def _outer(state: Propagation, layers: Sequence[Layer]) -> list[object]:
+def _outer(state: Propagation, layers: Sequence[Layer]) -> list[tuple[Extent, ...]]:
     """The output's axes that can shrink: the cost is in proportion to each."""
     return [state.extents([layer], layer.dim) for layer in layers if not layer.virtual]
 

@@ -28,7 +28,10 @@ def permute(state: Propagation, call: Call) -> None:
     order = _order(call, len(source.shape))
     state.set(
         call.output,
-        [layer.moved(layer.ids.permute(order), order.index(layer.dim)) for layer in state.of(source)],
+        [
+            layer.moved(layer.ids.permute(order), order.index(layer.dim))
+            for layer in state.of(source)
+        ],
     )
 
 
@@ -65,7 +68,9 @@ def slice_(state: Propagation, call: Call) -> None:
             _strided(state, layer, step, call.place)
         elif layer.dim == dim and layer.flat and 0 < first < size:
             # What is cut off in front moves the start: the argument must follow.
-            state.expect(int(start), layer.vector()[:first] if start > 0 else layer.vector()[first:])
+            state.expect(
+                int(start), layer.vector()[:first] if start > 0 else layer.vector()[first:]
+            )
         if layer.dim == dim and step == 1 and layer.flat and 0 < last < size:
             state.expect(int(end), layer.vector()[:last] if end > 0 else layer.vector()[last:])
         layers.append(layer.moved(layer.ids[_at(dim, slice(first, last, step))], layer.dim))
@@ -206,7 +211,9 @@ def flip(state: Propagation, call: Call) -> None:
     """`flip(x, dims)`: the same indices backwards."""
     dims = [int(dim) for dim in call.argument(1, "dims")]
     layers = [
-        layer.moved(settle(layer.ids.flip(dims)), layer.dim) if set(_positive(dims, layer)) & set(layer.dims) else layer
+        layer.moved(settle(layer.ids.flip(dims)), layer.dim)
+        if set(_positive(dims, layer)) & set(layer.dims)
+        else layer
         for layer in state.of(call.inputs()[0])
     ]
     state.set(call.output, layers)
@@ -219,7 +226,9 @@ def _positive(dims: Sequence[int], layer: Layer) -> list[int]:
 def roll(state: Propagation, call: Call) -> None:
     """`roll(x, shifts, dims)`: fine along axes that do not shrink."""
     source = call.inputs()[0]
-    dims = [int(dim) % len(source.shape) for dim in call.argument(2, "dims") or range(len(source.shape))]
+    dims = [
+        int(dim) % len(source.shape) for dim in call.argument(2, "dims") or range(len(source.shape))
+    ]
     for layer in state.of(source):
         if set(dims) & set(layer.dims):
             state.freeze_layer(layer, f"shifted by a number of places: {call.place}")
@@ -269,7 +278,12 @@ def _joined(
             continue
         for layer in layers:
             state.freeze_layer(layer, reason)
-        pieces.append(torch.zeros([value.shape[d] if d == dim else 1 for d in range(len(value.shape))], dtype=torch.long))
+        pieces.append(
+            torch.zeros(
+                [value.shape[d] if d == dim else 1 for d in range(len(value.shape))],
+                dtype=torch.long,
+            )
+        )
     sizes = [max(p.shape[d] for p in pieces) for d in range(len(output.shape))]
     wide = [
         piece.expand([piece.shape[d] if d == dim else n for d, n in enumerate(sizes)])
@@ -292,7 +306,9 @@ def _across(
         for value, layers in zip(parts, own, strict=True):
             if len(layers) <= position:
                 if value.shape[other] > 1:
-                    state.freeze_layer(layer, f"it is joined with a tensor of fixed size: {call.place}")
+                    state.freeze_layer(
+                        layer, f"it is joined with a tensor of fixed size: {call.place}"
+                    )
                 continue
             partner = state.uniform(layers[position], dim, f"joined with others: {call.place}")
             join(state, layer, partner, f"a fixed part: {call.place}")

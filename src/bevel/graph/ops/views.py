@@ -51,14 +51,15 @@ def _parts(
     """Smallest runs of dimensions of both shapes that hold equally many elements."""
     i = j = 0
     while i < len(before) or j < len(after):
-        inner, outer = [], []
+        inner: list[int] = []
+        outer: list[int] = []
         left = right = 1
         while True:
-            if not inner and i < len(before) or (left < right and i < len(before)):
+            if i < len(before) and (not inner or left < right):
                 inner.append(i)
                 left *= before[i]
                 i += 1
-            elif not outer and j < len(after) or (right < left and j < len(after)):
+            elif j < len(after) and (not outer or right < left):
                 outer.append(j)
                 right *= after[j]
                 j += 1
@@ -170,9 +171,7 @@ def _outer(state: Propagation, place: str, leaf: Layer, outer: Sequence[int]) ->
     small = leaf.compact()
     order = [*(d for d in leaf.dims if d != leaf.dim), leaf.dim]
     rows = small.permute(*[d for d in range(small.ndim) if d not in order], *order)
-    state.blocks.append(
-        Blocks(rows.reshape(-1, small.shape[leaf.dim]).numpy(), place, whole=True)
-    )
+    state.blocks.append(Blocks(rows.reshape(-1, small.shape[leaf.dim]).numpy(), place, whole=True))
     layers = []
     for position, dim in enumerate(outer):
         below = [leaf.dim, *outer[position + 1 :]]
