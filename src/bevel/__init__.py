@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bevel.core.records import Artifact, Measurement, RunRecord
     from bevel.data import load as load_data
     from bevel.finetuning.train import finetune
+    from bevel.graph.attributes import register_resizer
     from bevel.graph.couplings import analyze
     from bevel.measurement.bench import measure
     from bevel.models import build as build_model
@@ -46,6 +47,7 @@ __all__ = [
     "measure",
     "plan_pruning",
     "prune",
+    "register_resizer",
     "report",
     "run",
     "save_pruned",
@@ -70,6 +72,7 @@ _HOMES = {
     "measure": "bevel.measurement.bench",
     "plan_pruning": "bevel.pruning.planning",
     "prune": "bevel.pruning.apply",
+    "register_resizer": "bevel.graph.attributes",
     "report": "bevel.reporting",
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bevel.graph.layers import Layer, along, widen
 from bevel.graph.ops.movement import join
@@ -80,8 +80,9 @@ def _meet(state: Propagation, own: Sequence[Sequence[Layer]], place: str) -> lis
     return list(found)
 
 
-def _detail(layers: Sequence[Layer]) -> tuple[int, int]:
-    return len(layers), max((len(layer.dims) for layer in layers), default=0)
+def _detail(layers: Iterable[Layer]) -> tuple[int, int]:
+    dims = [len(layer.dims) for layer in layers]
+    return len(dims), max(dims, default=0)
 
 
 def glu(state: Propagation, call: Call) -> None:
