@@ -19,10 +19,17 @@ def copy_with(net: nn.Module, replaced: dict[int, Any]) -> nn.Module:
     """
     memo = dict(replaced)
     for module in net.modules():
-        for leaf in tree_leaves(dict(vars(module))):
-            if isinstance(leaf, Tensor) and id(leaf) not in memo and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach().clone()
+        for name, value in vars(module).items():
+            if name in _OF_MODULES:
+                continue
+            for leaf in tree_leaves(value) if isinstance(value, list | tuple | dict) else (value,):
+                if isinstance(leaf, Tensor) and id(leaf) not in memo and not leaf.is_leaf:
+                    memo[id(leaf)] = leaf.detach().clone()
     return copy.deepcopy(net, memo)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""What every module holds: parameters, submodules, hooks."""
 
 
 def meta(tensor: Tensor, shape: Sequence[int]) -> Tensor:
