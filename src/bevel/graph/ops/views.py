@@ -17,6 +17,10 @@ from bevel.graph.propagate import Blocks, Handler, Propagation
 from bevel.graph.record import Call
 
 
+MOST_LAYERS = 3
+"""Independent axes that a merged one may stand for."""
+
+
 def view(state: Propagation, call: Call) -> None:
     """Any operator that keeps the order of elements: the output's shape says all."""
     source = call.inputs()[0]
@@ -93,12 +97,19 @@ def _merge(
                 state.tie_over(layer, dim, f"its layout is not by channel: {place}")
         moved = layer.moved(_runs_merged(layer, parts, shape), target[layer.dim])
         found.append((layer, moved))
-    return [
+    merged = [
         new
         for old, new in found
         if not any(_inside(old, other, parts[new.dim]) for other, _ in found if other is not old)
         and not _superseded(state, new, found, place)
     ]
+    crowded = {
+        layer.dim for layer in merged if sum(x.dim == layer.dim for x in merged) > MOST_LAYERS
+    }
+    for layer in merged:
+        if layer.dim in crowded:
+            state.freeze_layer(layer, f"many axes merged into one: {place}")
+    return [layer for layer in merged if layer.dim not in crowded]
 
 
 def _runs_merged(layer: Layer, parts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
@@ -158,6 +169,9 @@ def _split(
         if not inner:
             if part:
                 state.freeze_layer(layer, f"used by its position: {place}")
+            continue
+        if layer.virtual and len(inner) > 1:  # a constant whose blocks nobody needs to cut
+            state.freeze_layer(layer, f"cut into blocks: {place}")
             continue
         moved.dim = inner[-1]
         split.append(moved)
