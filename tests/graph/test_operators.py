@@ -1110,11 +1110,11 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 KNOWN = {"conditional_convolution_per_image": "a constant axis that is split loses its ids"}
 """Structures of which less can be pruned than should be; what is pruned is proven."""
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "name",
     [
