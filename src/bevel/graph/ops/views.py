@@ -16,7 +16,6 @@ from bevel.graph.layers import Layer, settle
 from bevel.graph.propagate import Blocks, Handler, Propagation
 from bevel.graph.record import Call
 
-
 MOST_LAYERS = 3
 """Independent axes that a merged one may stand for."""
 
