@@ -109,13 +109,13 @@ class Analysis:
         return np.append(kept / np.maximum(self.full(), 1), 1.0)
 
     @cached_property
-    def _totals(self) -> tuple[Total, Total]:
+    def totals(self) -> tuple[Total, Total]:
         return Total(self.macs), Total(self.params)
 
     def cost(self, kept: np.ndarray | None = None) -> Cost:
         """MACs of the recorded pass divided by its batch size, and parameters."""
         shares = self.shares(self.full() if kept is None else kept)
-        macs, params = self._totals
+        macs, params = self.totals
         return Cost(macs=round(macs.at(shares)), params=round(params.at(shares)))
 
     def macs_touched(self) -> np.ndarray:
