@@ -606,6 +606,24 @@ class attention_grouped_query(Tokens):  # noqa: N801
         super().__init__(self.Grouped())
 
 
+@structure(inputs=TOKENS, exact=["embed.weight"], inexact=["body.k.weight"])
+class attention_grouped_query_with_positions(Tokens):  # noqa: N801
+    """Keys and queries that are not zero where their weights are: their product is a sum."""
+
+    class Shifted(attention_grouped_query.Grouped):
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            positions = torch.arange(n)[:, None] / n
+            q = self.q(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2) + positions
+            k = self.k(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2) + positions
+            v = self.v(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2)
+            x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.4)
+            return self.proj(x.transpose(1, 2).reshape(b, n, -1))
+
+    def __init__(self) -> None:
+        super().__init__(self.Shifted())
+
+
 @structure(
     inputs=TOKENS, exact=["embed.weight", "body.qkv.weight"],
     heads=["body.qkv.weight", "body.table@1"],
@@ -854,6 +872,10 @@ def unfolded() -> nn.Module:
     )
 
 
+STRUCTURES["turned_in_place"] = Structure(
+    lambda: Net(Apply(lambda x: x * x.mean((2, 3)).t_().sigmoid().t()[..., None, None])),
+    exact=["stem.0.weight", "after.weight@1"],
+)
 STRUCTURES["unfolded"] = Structure(
     unfolded, exact=["stem.0.weight", "body.1.weight@1", "body.1.weight", "after.weight@1"]
 )
@@ -1110,20 +1132,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-KNOWN = {"conditional_convolution_per_image": "a constant axis that is split loses its ids"}
-"""Structures of which less can be pruned than should be; what is pruned is proven."""
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name]))
-        if name in KNOWN
-        else name
-        for name in STRUCTURES
-    ],
-)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_structure(name):
     check(STRUCTURES[name])
 

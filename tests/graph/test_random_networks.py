@@ -94,7 +94,7 @@ def check_pruning(spec: Spec) -> None:
     net, inputs = build(spec), example(spec)
     random = np.random.default_rng(spec.seed)
     # torch.einsum leaves a contracted axis of length 1 to a cheaper operator, so the counts differ.
-    least = 2 if any(kind.startswith("einsum") for kind in spec.kinds()) else 1
+    least = 2 if any("einsum" in kind for kind in spec.kinds()) else 1
     plan = random_plan(bevel.analyze(net, inputs), random, least)
     pruned = bevel.prune(net, plan)
     bevel.verify_pruning(net, pruned, plan, inputs)

@@ -258,6 +258,29 @@ def test_the_proof_fails_for_a_wrong_network_and_names_the_group():
         bevel.verify_pruning(net, wrong, plan, EXAMPLE)
 
 
+def test_random_inputs_that_the_original_cannot_run_are_skipped_and_named():
+    class Cropping(nn.Module):
+        """Takes an image and a box, a float tensor of (left, width) as shares of the image."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x, box):
+            if not bool(((box >= 0) & (box <= 1)).all()):
+                raise ValueError("the box lies outside the image")
+            return self.head(self.body(x).relu())
+
+    net = randomise(Cropping())
+    inputs = (EXAMPLE, torch.tensor([0.25, 0.5, 0.1, 0.9]))
+    plan = bevel.plan_pruning(net, inputs, budget={"macs": 0.6}, align=4)
+    proof = bevel.verify_pruning(net, bevel.prune(net, plan), plan, inputs)
+    assert proof.passed
+    assert proof.inputs == 1
+    assert len(proof.skipped) == 2
+    assert "the box lies outside the image" in proof.skipped[0]
+
+
 # -- index arithmetic -----------------------------------------------------------------------
 
 
@@ -338,6 +361,52 @@ def test_shared_parameters_stay_shared():
     assert pruned.a.in_channels == pruned.b.in_channels < 16
     bevel.verify_pruning(net, pruned, plan, EXAMPLE)
     assert copy.deepcopy(pruned)(EXAMPLE).shape == (2, 4, 8, 8)
+
+
+def test_a_large_tensor_is_cut_in_pieces_as_in_one():
+    from bevel.pruning.apply import PIECE, cut_tensor
+
+    rows, columns = np.arange(0, 40, 3), np.r_[0:7, 9:31:2, 60:700]
+    tensor = torch.randn(40, 800, PIECE // 4000)
+    cut = TensorCut(shape=list(tensor.shape), keep={0: runs_of(rows), 1: runs_of(columns)})
+    assert PIECE // tensor[0].numel() < len(rows)
+    assert torch.equal(cut_tensor(tensor, cut), tensor[rows][:, columns])
+
+
+def test_a_copy_keeps_what_modules_share_and_refer_to():
+    from bevel.graph.copying import copy_with
+
+    class Child(nn.Module):
+        def __init__(self, parent, cache):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.cache, self.up = cache, [parent]  # a list, so that torch does not register it
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            cache = {}
+            self.a, self.b = Child(self, cache), Child(self, cache)
+            self.c = self.a
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+            self.register_buffer("steps", torch.zeros(1))
+
+    net = Parent()
+    replaced = nn.Parameter(torch.zeros(2, 4))
+    new = copy_with(net, {id(net.a.lin.weight): replaced})
+    assert type(new) is Parent
+    assert new is not net
+    assert new.a.lin.weight is replaced
+    assert new.c is new.a
+    assert new.a.up[0] is new
+    assert new.a.cache is new.b.cache is not net.a.cache
+    assert new.b.lin.weight is not net.b.lin.weight
+    assert new.a._forward_hooks is not net.a._forward_hooks
+    assert torch.equal(new.normed.weight, net.normed.weight)
+    assert new.normed.parametrizations is not net.normed.parametrizations
+    assert new.steps is not net.steps
+    assert new.attention(*[torch.ones(1, 1, 4)] * 3)[0].shape == (1, 1, 4)
 
 
 def test_padded_resnet_prunes_its_residual_stream():

@@ -20,6 +20,7 @@ from bevel.core.recipe import FinetuneStep, PruneStep, Recipe
 if TYPE_CHECKING:
     from torch import nn
 
+    from bevel.pruning.plan import PruningPlan
     from bevel.pruning.verify import Proof
 
 Model = Annotated[
@@ -53,6 +54,39 @@ RecipeOption = Annotated[
 ]
 Runtime = Annotated[str, typer.Option(help="See: bevel list runtimes.", **completing("runtimes"))]
 Out = Annotated[Path, typer.Option(help="The file to write.")]
+Criterion = Annotated[str, typer.Option(help="See: bevel list criteria.", **completing("criteria"))]
+Allocate = Annotated[
+    str, typer.Option(help="See: bevel list allocators.", **completing("allocators"))
+]
+Reduction = Annotated[
+    str, typer.Option(help="mean, max, product or first: over all that goes with a channel.")
+]
+Macs = Annotated[float | None, typer.Option(help="Share of the MACs that may remain.")]
+Params = Annotated[float | None, typer.Option(help="Share of the parameters that may remain.")]
+Ratio = Annotated[
+    float | None, typer.Option(help="Share of the channels to remove; instead of a budget.")
+]
+Align = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Widths become multiples of this; auto: what the recipe's targets like.",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Modules (globs) that keep all. May be repeated.")
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
+]
+Program = Annotated[
+    bool,
+    typer.Option(
+        "--program",
+        help="Write OUT's name with .pt2 too: a torch.export program, runs without the code.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -68,47 +102,19 @@ def prune(
     arguments: Arguments = None,
     input_shape: Input = None,
     factory: Factory = None,
-    criterion: Annotated[
-        str, typer.Option(help="See: bevel list criteria.", **completing("criteria"))
-    ] = "l2",
-    allocate: Annotated[
-        str, typer.Option(help="See: bevel list allocators.", **completing("allocators"))
-    ] = "global",
-    reduction: Annotated[
-        str,
-        typer.Option(help="mean, max, product or first: over all that goes with a channel."),
-    ] = "mean",
-    macs: Annotated[float | None, typer.Option(help="Share of the MACs that may remain.")] = None,
-    params: Annotated[
-        float | None, typer.Option(help="Share of the parameters that may remain.")
-    ] = None,
-    ratio: Annotated[
-        float | None, typer.Option(help="Share of the channels to remove; instead of a budget.")
-    ] = None,
-    align: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto",
-            help="Widths become multiples of this; auto: what the recipe's targets like.",
-        ),
-    ] = "8",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Modules (globs) that keep all. May be repeated.")
-    ] = None,
+    criterion: Criterion = "l2",
+    allocate: Allocate = "global",
+    reduction: Reduction = "mean",
+    macs: Macs = None,
+    params: Params = None,
+    ratio: Ratio = None,
+    align: Align = "8",
+    ignore: Ignore = None,
     recipe: RecipeOption = None,
     overrides: Set = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
-    ] = None,
+    data: DataName = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the data.")] = None,
-    program: Annotated[
-        bool,
-        typer.Option(
-            "--program",
-            help="Write OUT's name with .pt2 too: a torch.export program, runs without the code.",
-        ),
-    ] = False,
+    program: Program = False,
     json: Json = False,
 ) -> None:
     """Remove channels from a network, prove that nothing else changed, and save it."""
@@ -123,14 +129,8 @@ def prune(
         ignore=ignore or [],
     )
     source = networks.read_recipe(recipe, overrides, data=data, root=root)
-    if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
-        raise RecipeError(
-            f"--allocate {allocate} measures on held-out images: "
-            "give --recipe, or --data and --root"
-        )
+    _check_calibration(allocate, source)
     with console.working(quiet_stdout=json):
-        import bevel
-
         network = networks.open_network(
             model,
             factory=factory,
@@ -138,48 +138,86 @@ def prune(
             checkpoint=checkpoint,
             input_shape=input_shape,
         )
-        example = network.example()
-        plan = bevel.plan_pruning(
-            network.net,
-            example,
-            calibration=_validation(source, network.net),
-            seed=source.seed if source else 0,
-            criterion=step.criterion,
-            allocate=step.allocate,
-            reduction=step.reduction,
-            budget=step.budget.limits() if step.budget else None,
-            ratio=step.ratio,
-            align=_alignment(step, source),
-            ignore=step.ignore,
-        )
-        pruned = bevel.prune(network.net, plan)
-        proof = bevel.verify_pruning(network.net, pruned, plan, example)
-        whole = network.plan.then(plan) if network.plan is not None else plan
-        bevel.save_pruned(
-            pruned,
-            whole,
-            out,
-            model=network.description(),
-            program=program,
-            example_inputs=example,
-        )
+        plan, proof = _prune_and_save(network, step, source, out, program=program)
     written = _written(out) | ({"program": str(out.with_suffix(".pt2"))} if program else {})
     if json:
-        groups = [group.model_dump(mode="json") for group in plan.groups]
-        console.print_json(
-            written
-            | {"before": plan.before.model_dump(), "after": plan.after.model_dump()}
-            | {"groups": groups, "proof": proof.model_dump(mode="json"), "notes": plan.notes}
+        console.print_json(_pruned_json(written, plan, proof))
+    else:
+        _say_pruned(written, plan, proof)
+
+
+def _check_calibration(allocate: str, source: Recipe | None) -> None:
+    """Refuse an allocator that measures where there are no images.
+
+    Raises:
+        RecipeError: it needs a recipe.
+        UnknownNameError: there is no such allocator.
+    """
+    if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
+        raise RecipeError(
+            f"--allocate {allocate} measures on held-out images: "
+            "give --recipe, or --data and --root"
         )
-        return
+
+
+def _prune_and_save(
+    network: networks.Network, step: PruneStep, source: Recipe | None, out: Path, *, program: bool
+) -> tuple[PruningPlan, Proof]:
+    """Plan, slice, prove, and write the file; a file that was pruned before keeps its first plan.
+
+    Returns:
+        The plan on the network as it was opened, and its proof.
+    """
+    import bevel
+
+    example = network.example()
+    plan = bevel.plan_pruning(
+        network.net,
+        example,
+        calibration=_validation(source, network.net),
+        seed=source.seed if source else 0,
+        criterion=step.criterion,
+        allocate=step.allocate,
+        reduction=step.reduction,
+        budget=step.budget.limits() if step.budget else None,
+        ratio=step.ratio,
+        align=_alignment(step, source),
+        ignore=step.ignore,
+    )
+    pruned = bevel.prune(network.net, plan)
+    proof = bevel.verify_pruning(network.net, pruned, plan, example)
+    whole = network.plan.then(plan) if network.plan is not None else plan
+    bevel.save_pruned(
+        pruned,
+        whole,
+        out,
+        model=network.description(),
+        program=program,
+        example_inputs=example,
+    )
+    return plan, proof
+
+
+def _pruned_json(written: dict[str, Any], plan: PruningPlan, proof: Proof) -> dict[str, Any]:
+    """What --json prints of a pruning."""
+    groups = [group.model_dump(mode="json") for group in plan.groups]
+    return (
+        written
+        | {"before": plan.before.model_dump(), "after": plan.after.model_dump()}
+        | {"groups": groups, "proof": proof.model_dump(mode="json"), "notes": plan.notes}
+    )
+
+
+def _say_pruned(written: dict[str, Any], plan: PruningPlan, proof: Proof) -> None:
+    """What stayed whole, what is left, and the proof, for people."""
     for note in plan.notes:
         console.say(f"note: {note}")
     console.print_text(
-        f"{out}: MACs {plan.before.macs:,} -> {plan.after.macs:,} "
+        f"{written['file']}: MACs {plan.before.macs:,} -> {plan.after.macs:,} "
         f"({plan.after.macs / plan.before.macs:.0%}), parameters {plan.before.params:,} -> "
         f"{plan.after.params:,} ({plan.after.params / plan.before.params:.0%})\n{_proven(proof)}"
     )
-    if program:
+    if "program" in written:
         console.print_text(f"{written['program']}: torch.export.load runs it without the code")
 
 
@@ -393,11 +431,14 @@ def _validation(source: Recipe | None, net: nn.Module) -> Any:
 
 
 def _proven(proof: Proof) -> str:
-    """A proof in a sentence."""
-    return (
+    """A proof in a sentence, and a second one if inputs were skipped."""
+    proven = (
         f"proof: equals the original with the removed channels zeroed, to {proof.worst:.1e} of the "
         f"largest output (float64, {proof.inputs} inputs; allowed {proof.tolerance:.0e})"
     )
+    if proof.skipped:
+        proven += f"; skipped, as the original does not run on it: {'; '.join(proof.skipped)}"
+    return proven
 
 
 def _written(path: Path) -> dict[str, Any]:

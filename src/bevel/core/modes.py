@@ -21,9 +21,11 @@ class _Network(Protocol):
 def evaluating(net: _Network) -> Iterator[None]:
     """Eval mode inside the block; afterwards every module is in the mode it had, each its own."""
     modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    if any(training for _, training in modes):  # else there is nothing to do
+        net.eval()
     try:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:  # torch takes its time over setting one
+                module.training = training

@@ -56,26 +56,44 @@ class Total:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         lengths = [length for term in terms for length in term.lengths]
+        sizes = [len(length.counts) for length in lengths]
         self._fixed = np.array([length.fixed for length in lengths] + [1.0])
-        self._owner = np.repeat(np.arange(len(lengths)), [len(x.counts) for x in lengths])
-        depth = max((x.groups.shape[1] for x in lengths), default=1)
-        rows = [
-            np.pad(x.groups, ((0, 0), (0, depth - x.groups.shape[1])), constant_values=-1)
-            for x in lengths
-        ]
-        self._groups = np.concatenate(rows) if rows else np.zeros((0, depth), dtype=np.int64)
-        self._counts = np.concatenate([x.counts for x in lengths]) if rows else np.zeros(0)
-        width = max((len(term.lengths) for term in terms), default=0)
+        self._owner = np.repeat(np.arange(len(lengths)), sizes)
+        self._counts = np.concatenate([length.counts for length in lengths] or [np.zeros(0)])
+        # The small dimension comes first: products over it are products of long vectors.
+        depth = max((length.groups.shape[1] for length in lengths), default=1)
+        self._groups = np.full((depth, len(self._owner)), -1)
+        start = 0
+        for length, size in zip(lengths, sizes, strict=True):
+            self._groups[: length.groups.shape[1], start : start + size] = length.groups.T
+            start += size
         self._factors = np.array([term.factor for term in terms])
-        self._lengths = np.full((len(terms), max(width, 1)), len(lengths))
+        width = max((len(term.lengths) for term in terms), default=0)
+        self._lengths = np.full((max(width, 1), len(terms)), len(lengths))
         position = 0
-        for row, term in enumerate(terms):
-            for column in range(len(term.lengths)):
-                self._lengths[row, column] = position
-                position += 1
+        for number, term in enumerate(terms):
+            end = position + len(term.lengths)
+            self._lengths[: len(term.lengths), number] = range(position, end)
+            position = end
 
     def at(self, shares: np.ndarray) -> float:
         """The sum with these kept shares per group; the last share is that of no group."""
-        rows = self._counts * shares[self._groups].prod(axis=1)
+        return float(self.each(shares).sum())
+
+    def each(self, shares: np.ndarray) -> np.ndarray:
+        """The value of every term, (terms,)."""
+        rows = self._counts * shares[self._groups].prod(axis=0)
         lengths = self._fixed + np.bincount(self._owner, rows, minlength=len(self._fixed))
-        return float((self._factors * lengths[self._lengths].prod(axis=1)).sum())
+        values: np.ndarray = self._factors * lengths[self._lengths].prod(axis=0)
+        return values
+
+    def touched(self, groups: np.ndarray) -> np.ndarray:
+        """Which terms depend on any of these groups, (terms,) booleans.
+
+        Args:
+            groups: (groups + 1,) booleans; the last stands for no group and is False.
+        """
+        rows = groups[self._groups].any(axis=0)
+        lengths = np.bincount(self._owner[rows], minlength=len(self._fixed)) > 0
+        any_length: np.ndarray = lengths[self._lengths].any(axis=0)
+        return any_length

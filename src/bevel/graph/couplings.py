@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from bevel.core.errors import ModelError
+from bevel.core.garbage import sparing_old_objects
 from bevel.core.records import Cost
 from bevel.graph.cost import Term, Total
 from bevel.graph.grouping import Axis, ChannelGroup, Grouping
@@ -25,7 +26,7 @@ __all__ = ["Analysis", "Axis", "AxisReport", "ChannelGroup", "SizeAttribute", "a
 
 @dataclass(frozen=True, eq=False)
 class SizeAttribute:
-    """A module attribute whose value is the number of indices that stay, times `factor`.
+    """A module attribute whose value is the number of indices that stay.
 
     Index i stays if unit `units[i, d]` of group `groups[i, d]` stays for every d; group -1 stands
     for what always stays.
@@ -35,7 +36,6 @@ class SizeAttribute:
     attribute: str
     groups: np.ndarray
     units: np.ndarray
-    factor: int
 
     def value(self, keep: Mapping[int, np.ndarray]) -> int:
         """The value with these masks of kept units per group."""
@@ -43,7 +43,7 @@ class SizeAttribute:
         for number, mask in keep.items():
             own = self.groups == number
             stays[own] = mask[self.units[own]]
-        return int(stays.all(axis=1).sum()) * self.factor
+        return int(stays.all(axis=1).sum())
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Analysis:
 
     @cached_property
     def totals(self) -> tuple[Total, Total]:
+        """MACs and parameters as functions of the kept shares."""
         return Total(self.macs), Total(self.params)
 
     def cost(self, kept: np.ndarray | None = None) -> Cost:
@@ -160,22 +161,23 @@ def analyze(
     Raises:
         ModelError: the network cannot be run on these inputs.
     """
-    for last in (False, True):
-        recording = record(net, example_inputs)
-        state = propagate(net, recording, handler, FRAME_HANDLERS)
-        _ignore(state, ignore)
-        try:
-            grouping = follow_sizes(net, example_inputs, recording, state)
-        except PassChangedError as error:  # the first pass may have filled a cache
-            if last:
-                raise ModelError(
-                    "the network calls other functions each time it runs on the same inputs, so "
-                    "what was recorded of one pass does not hold for the next; make its forward "
-                    "deterministic in eval mode"
-                ) from error
-        else:
-            break
-    return _analysis(net, state, grouping, batch_size(example_inputs))
+    with sparing_old_objects():
+        for last in (False, True):
+            recording = record(net, example_inputs)
+            state = propagate(net, recording, handler, FRAME_HANDLERS)
+            _ignore(state, ignore)
+            try:
+                grouping = follow_sizes(net, example_inputs, recording, state)
+            except PassChangedError as error:  # the first pass may have filled a cache
+                if last:
+                    raise ModelError(
+                        "the network calls other functions each time it runs on the same inputs, "
+                        "so what was recorded of one pass does not hold for the next; make its "
+                        "forward deterministic in eval mode"
+                    ) from error
+            else:
+                break
+        return _analysis(net, state, grouping, batch_size(example_inputs))
 
 
 def _ignore(state: Propagation, ignore: Sequence[str]) -> None:
@@ -202,7 +204,7 @@ def _analysis(net: nn.Module, state: Propagation, grouping: Grouping, batch: int
         lengths = tuple(grouping.length(Extent(ids)) for _, ids in live)
         params.append(Term(name.rpartition(".")[0], factor, lengths))
     attributes = tuple(
-        SizeAttribute(site.module, site.attribute, *grouping.members(site.extents[0]), site.factor)
+        SizeAttribute(site.module, site.attribute, *grouping.members(site.extents[0]))
         for site in state.sizes
     )
     return Analysis(

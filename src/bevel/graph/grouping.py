@@ -7,13 +7,13 @@ another and a group's cost depends only on how many of its units stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from bevel.graph.components import merged
 from bevel.graph.cost import Length
 from bevel.graph.propagate import Blocks, Extent, Mark, Propagation
 
@@ -55,17 +55,6 @@ class ChannelGroup:
     runs: bool = False
 
 
-def classes_of(count: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The connected component of each id."""
-    if not pairs:
-        return np.arange(count)
-    left = np.concatenate([a for a, _ in pairs])
-    right = np.concatenate([b for _, b in pairs])
-    graph = coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(count, count))
-    labels: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
-    return labels
-
-
 @dataclass(frozen=True, eq=False)
 class _Entry:
     """Ids along one axis of a parameter: its own, or the nodes that hold them (0: none)."""
@@ -81,17 +70,17 @@ class Grouping:
 
     def __init__(self, state: Propagation) -> None:
         self.state = state
-        self._same = classes_of(state.count, state.unions)
+        self._same = state.same()
         alike = self._node_ties()
-        ties = [*state.ties, *alike]
-        self._slots = self._node_slots(alike, ties)
-        self._ties = ties
+        self._tied = merged(state.together(), alike)
+        self._slots = self._node_slots(alike)
         self.entries = list(self._entries())
-        self.class_of = classes_of(state.count, [*state.unions, *ties])
+        self.class_of = self._tied
         self._blocks = self._resolve_blocks()
         self._reasons = self._marked(state.frozen)
         self._freeze_blocks()
         self._inexact = self._marked(state.inexact)
+        self._lengths: dict[tuple[Any, ...], Length] = {}
         self._group_of, self._position, self.groups = self._collect()
 
     # -- nodes ----------------------------------------------------------------------------
@@ -115,18 +104,14 @@ class Grouping:
                 ties.append((owner[order][repeated], owner[order][repeated + 1]))
         return ties
 
-    def _node_slots(
-        self,
-        same: list[tuple[np.ndarray, np.ndarray]],
-        ties: list[tuple[np.ndarray, np.ndarray]],
-    ) -> np.ndarray:
+    def _node_slots(self, same: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """(depth, classes): the nodes that hold each class of ids, 0 where there is none."""
         count = int(self._same.max()) + 1
         families = list(self.state.nodes.values())
         if not families:
             return np.zeros((0, count), dtype=np.int64)
-        alike = classes_of(self.state.count, same)
-        nodes = classes_of(self.state.count, [*self.state.unions, *ties])
+        alike = merged(np.arange(self.state.count), same)
+        nodes = self._tied
         held = np.concatenate([self._same[f.leaves].reshape(-1) for f in families])
         owner = np.concatenate([np.repeat(f.nodes, f.leaves.shape[1]) for f in families])
         _, first = np.unique(held * self.state.count + alike[owner], return_index=True)
@@ -176,27 +161,21 @@ class Grouping:
     # -- constraints ----------------------------------------------------------------------
 
     def _signatures(self) -> np.ndarray:
-        """For each class, the number of its signature: which axes it touches, how often."""
-        numbers = np.full(int(self.class_of.max()) + 1, -1, dtype=np.int64)
+        """For each class, a hash of its signature: which axes it touches, how often.
+
+        A random 64-bit number stands for each axis, and the sum of those that it touches for a
+        class; two of a million classes share a sum by chance in 3 of 10^8 networks.
+        """
+        sums = np.zeros(int(self.class_of.max()) + 1, dtype=np.uint64)
         if not self.entries:
-            return numbers
+            return sums
+        numbers: dict[tuple[str, int, bool], int] = {}
+        axes = [numbers.setdefault((e.tensor, e.dim, e.node), len(numbers)) for e in self.entries]
+        hashes = _mixed(np.arange(1, len(numbers) + 1, dtype=np.uint64))[axes]
         ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
-        numbers_of: dict[tuple[str, int, bool], int] = {}
-        axis = [
-            numbers_of.setdefault((e.tensor, e.dim, e.node), len(numbers_of)) for e in self.entries
-        ]
-        labels = np.repeat(axis, [e.ids.size for e in self.entries])
-        live = ids != 0
-        keys = self.class_of[ids[live]] * len(self.entries) + labels[live]
-        pairs, counts = np.unique(keys, return_counts=True)
-        classes, axes = pairs // len(self.entries), pairs % len(self.entries)
-        starts = np.flatnonzero(np.r_[True, np.diff(classes) != 0])
-        # A class's signature is a set of (axis, count) pairs: two sums of 64-bit hashes name it.
-        mixed = _mixed(axes.astype(np.uint64) << np.uint64(32) | counts.astype(np.uint64))
-        sums = np.stack([np.add.reduceat(part, starts) for part in (mixed, _mixed(mixed))], axis=1)
-        _, names = np.unique(sums.view("u8,u8").reshape(-1), return_inverse=True)
-        numbers[classes[starts]] = names
-        return numbers
+        labels = np.repeat(hashes, [entry.ids.size for entry in self.entries])
+        np.add.at(sums, self.class_of[ids], labels)
+        return sums
 
     def _resolve_blocks(self) -> list[np.ndarray]:
         """Equal-count constraints as (b, n) arrays of classes.
@@ -207,23 +186,19 @@ class Grouping:
         """
         constraints = [*self.state.blocks, *self._node_blocks()]
         pending = list(constraints)
-        tied: list[Blocks] = []
         while True:
             kept, clash = self._compatible(pending)
             if not clash:
                 return kept
-            tied += clash
-            self._ties += [
-                (live[0], row) for c in tied for live in (_live(c.ids),) for row in live[1:]
-            ]
-            pending = [c for c in pending if not any(c is t for t in tied)]
-            self.class_of = classes_of(self.state.count, [*self.state.unions, *self._ties])
+            rows = [(live[0], row) for c in clash for live in (_live(c.ids),) for row in live[1:]]
+            pending = [c for c in pending if not any(c is t for t in clash)]
+            self.class_of = merged(self.class_of, rows)
 
     def _compatible(self, constraints: Sequence[Blocks]) -> tuple[list[np.ndarray], list[Blocks]]:
         """The constraints that hold as they are, and those whose units have to be tied."""
         signatures = self._signatures()
         kept: dict[bytes, np.ndarray] = {}
-        owner: dict[int, bytes] = {}
+        owned = np.zeros(len(signatures), dtype=bool)
         clash: list[Blocks] = []
         for constraint in constraints:
             live = _live(constraint.ids)
@@ -239,10 +214,10 @@ class Grouping:
             flat = np.unique(classes)
             distinct = flat.size == classes.size
             alike = bool((signatures[flat] == signatures[flat[0]]).all())
-            fresh = not any(int(c) in owner for c in flat)
+            fresh = not owned[flat].any()
             if distinct and alike and fresh and live.shape == constraint.ids.shape:
                 kept[key] = classes
-                owner.update(dict.fromkeys(map(int, flat), key))
+                owned[flat] = True
             else:
                 clash.append(constraint)
         return list(kept.values()), clash
@@ -262,32 +237,28 @@ class Grouping:
                 elif merged.size:
                     self.state.frozen.append(Mark(np.unique(merged), constraint.where, True))
 
-    def _marked(self, marks: Sequence[Mark]) -> dict[int, str]:
-        """Class -> what is said of it; the first reason met counts."""
-        reasons: dict[int, str] = {}
+    def _marked(self, marks: Sequence[Mark]) -> _Said:
+        """What is said of each class; the first reason met counts."""
+        said = _Said(len(self.class_of))
         for mark in marks:
-            found = [mark.ids] if mark.level else [mark.ids, *self.nodes(mark.ids)]
-            for ids in found:
-                for index in np.unique(self.class_of[ids[ids != 0]]):
-                    reasons.setdefault(int(index), mark.reason)
-        return reasons
+            for ids in [mark.ids] if mark.level else [mark.ids, *self.nodes(mark.ids)]:
+                said.say(self.class_of[ids[ids != 0]], mark.reason)
+        return said
 
     def _freeze_blocks(self) -> None:
         """A block or node with a fixed element stays; one frozen unit freezes its constraint."""
         reasons = self._reasons
         for family in self.state.nodes.values():
             fixed = family.nodes[(family.leaves == 0).any(axis=1)]
-            for index in np.unique(self.class_of[fixed]):
-                reasons.setdefault(int(index), "it holds a fixed part")
+            reasons.say(self.class_of[fixed], "it holds a fixed part")
         for constraint in self.state.blocks:
             columns = constraint.ids[:, (constraint.ids == 0).any(axis=0)]
-            for index in np.unique(self.class_of[columns[columns != 0]]):
-                reasons.setdefault(int(index), f"a block has a fixed part: {constraint.where}")
+            where = f"a block has a fixed part: {constraint.where}"
+            reasons.say(self.class_of[columns[columns != 0]], where)
         for classes in self._blocks:
-            stuck = next((reasons[int(c)] for c in classes.reshape(-1) if int(c) in reasons), None)
+            stuck = reasons.first(classes)
             if stuck is not None:
-                for index in classes.reshape(-1):
-                    reasons.setdefault(int(index), stuck)
+                reasons.say(classes.reshape(-1), stuck)
 
     # -- groups ---------------------------------------------------------------------------
 
@@ -297,46 +268,50 @@ class Grouping:
         position = np.full(count, -1, dtype=np.int64)
         if not self.entries:
             return group_of, position, []
-        signatures = self._signatures()
-        constraint_of: dict[int, int] = {
-            int(c): index for index, classes in enumerate(self._blocks) for c in classes.reshape(-1)
-        }
-        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
-        classes, first = np.unique(self.class_of[ids[ids != 0]], return_index=True)
-        order = classes[np.argsort(first, kind="stable")]
-        table = np.stack(
-            [
-                signatures[order],
-                _numbered(self._reasons, count)[order],
-                _numbered(self._inexact, count)[order],
-                _indexed(constraint_of, count)[order],
-            ],
-            axis=1,
+        constraint_of = np.full(count, -1, dtype=np.int64)
+        for index, classes in enumerate(self._blocks):
+            constraint_of[classes] = index
+        order = self._in_order(count)
+        kinds = _combined(
+            self._signatures()[order],
+            self._reasons.of(order),
+            self._inexact.of(order),
+            constraint_of[order],
         )
-        _, start, group = np.unique(table, axis=0, return_index=True, return_inverse=True)
-        rank = np.argsort(np.argsort(start))
-        group_of[order] = rank[group.reshape(-1)]
-        members = [order[group_of[order] == number] for number in range(len(start))]
+        group = _numbered(kinds)
+        group_of[order] = group
+        ends = np.cumsum(np.bincount(group))
+        members = np.split(order[np.argsort(group, kind="stable")], ends[:-1])
         for units in members:
             position[units] = np.arange(len(units))
         touching, runs = self._axes_by_group(group_of, position, len(members))
         names = _names(touching)
         groups = []
         for number, units in enumerate(members):
-            unit = int(units[0])
-            constraint = constraint_of.get(unit, -1)
+            unit = units[:1]
+            constraint = int(constraint_of[unit[0]])
             groups.append(
                 ChannelGroup(
                     name=names[number],
                     size=len(units),
                     axes=tuple(touching[number]),
                     blocks=position[self._blocks[constraint]] if constraint >= 0 else None,
-                    frozen=self._reasons.get(unit),
-                    inexact=self._inexact.get(unit),
+                    frozen=self._reasons.first(unit),
+                    inexact=self._inexact.first(unit),
                     runs=runs[number],
                 )
             )
         return group_of, position, groups
+
+    def _in_order(self, count: int) -> np.ndarray:
+        """The classes that lie along an axis, in the order in which they are met."""
+        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
+        classes = self.class_of[ids[ids != 0]]
+        places = np.arange(len(classes))
+        first = np.zeros(count, dtype=np.int64)
+        first[classes[::-1]] = places[::-1]  # of several places, the last one written stays
+        found: np.ndarray = classes[first[classes] == places]
+        return found
 
     def _axes_by_group(
         self, group_of: np.ndarray, position: np.ndarray, count: int
@@ -346,10 +321,12 @@ class Grouping:
         for entry in self.entries:
             classes = self.class_of[entry.ids]
             owners = np.where(entry.ids == 0, -1, group_of[classes])
-            for number in np.unique(owners[owners >= 0]):
+            for number in _distinct(owners):
+                if number < 0:
+                    continue
                 units = np.where(owners == number, position[classes], -1)
-                touching[int(number)].append(Axis(entry.tensor, entry.dim, units))
-                runs[int(number)] |= entry.node
+                touching[number].append(Axis(entry.tensor, entry.dim, units))
+                runs[number] |= entry.node
         return touching, runs
 
     def group_of(self, ids: np.ndarray) -> np.ndarray:
@@ -374,18 +351,22 @@ class Grouping:
 
     def length(self, extent: Extent) -> Length:
         """An extent in terms of the groups; the blocks of a grouped axis share one length."""
+        ids = extent.ids
+        key = (ids.ctypes.data, ids.shape, ids.strides, extent.level)  # many extents are one view
+        if key not in self._lengths:
+            self._lengths[key] = self._length(extent)
+        return self._lengths[key]
+
+    def _length(self, extent: Extent) -> Length:
         flat = extent.ids.reshape(-1)
         divisor = extent.ids.shape[0] if extent.ids.ndim == 2 else 1
         rows, _ = self.members(Extent(flat, extent.level))
-        if rows.shape[1] == 1:
-            totals = np.bincount(rows[:, 0] + 1, minlength=len(self.groups) + 1)
-            used = np.flatnonzero(totals[1:])
-            return Length(
-                float(totals[0]) / divisor, totals[1:][used] / divisor, used.reshape(-1, 1)
-            )
-        table, counts = np.unique(rows, axis=0, return_counts=True)
+        numbers = _numbered(_combined(*rows.T))
+        counts = np.bincount(numbers) / divisor
+        table = np.zeros((len(counts), rows.shape[1]), dtype=np.int64)
+        table[numbers] = rows
         free = (table < 0).all(axis=1)
-        return Length(float(counts[free].sum()) / divisor, counts[~free] / divisor, table[~free])
+        return Length(float(counts[free].sum()), counts[~free], table[~free])
 
     def members(self, extent: Extent) -> tuple[np.ndarray, np.ndarray]:
         """(n, depth) groups and unit positions that the n ids of an extent depend on, -1: none."""
@@ -424,17 +405,53 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return spread
 
 
-def _numbered(reasons: Mapping[int, str], count: int) -> np.ndarray:
-    """Per class, a number for its reason, -1 where there is none."""
-    known: dict[str, int] = {}
-    return _indexed({c: known.setdefault(r, len(known)) for c, r in reasons.items()}, count)
+def _combined(*columns: np.ndarray) -> np.ndarray:
+    """Per row, one 64-bit hash of several columns of integers."""
+    combined = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        combined = _mixed(combined ^ column.astype(np.uint64))
+    return combined
 
 
-def _indexed(numbers: Mapping[int, int], count: int) -> np.ndarray:
-    """Per class, its number, -1 where there is none."""
-    table = np.full(count, -1, dtype=np.int64)
-    table[list(numbers)] = list(numbers.values())
-    return table
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """Per value, its number in the order of first appearance; neighbours are often equal."""
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    _, first, inverse = np.unique(values[starts], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    lengths = np.diff(np.r_[starts, len(values)])
+    numbers: np.ndarray = np.repeat(rank[inverse], lengths)
+    return numbers
+
+
+def _distinct(values: np.ndarray) -> list[int]:
+    """The distinct values, ascending; neighbours are often equal."""
+    flat = values.reshape(-1)
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return sorted({*flat[:1].tolist(), *flat[changes + 1].tolist()})
+
+
+class _Said:
+    """What is said of each class: at most one reason."""
+
+    def __init__(self, count: int) -> None:
+        self.number = np.full(count, -1, dtype=np.int64)
+        self.reasons: dict[str, int] = {}
+
+    def say(self, classes: np.ndarray, reason: str) -> None:
+        """Say this of those of the classes of which nothing is said yet."""
+        number = self.reasons.setdefault(reason, len(self.reasons))
+        self.number[classes[self.number[classes] < 0]] = number
+
+    def of(self, classes: np.ndarray) -> np.ndarray:
+        """Per class, the number of its reason, -1 where there is none."""
+        found: np.ndarray = self.number[classes]
+        return found
+
+    def first(self, classes: np.ndarray) -> str | None:
+        """The first reason among these classes."""
+        numbers = self.number[classes.reshape(-1)]
+        said = numbers[numbers >= 0]
+        return list(self.reasons)[int(said[0])] if said.size else None
 
 
 def _live(ids: np.ndarray) -> np.ndarray:

@@ -15,22 +15,20 @@ import torch
 from torch import nn
 
 from bevel.graph.attributes import integers
+from bevel.graph.faults import Fault, Kind, Written
 from bevel.graph.grouping import Grouping
+from bevel.graph.prediction import Prediction
 from bevel.graph.propagate import Extent, Mark, Propagation, SizeSite
 from bevel.graph.record import ExampleInputs, Recording
-from bevel.graph.rehearse import Fault, Kind, Prediction, Stage, Written, rehearse
+from bevel.graph.rehearse import rehearse
+from bevel.graph.stage import Stage
+from bevel.graph.trials import trials
 
 ROUNDS = 12
 """Attempts to answer faults before everything that is still in question is frozen."""
 
-TRIALS = 2
-"""Rehearsals with different cuts that have to be without fault."""
-
-MANY_TRIALS = 8
-"""The same for networks of few functions: sizes below ten easily agree by chance."""
-
 SMALL = 60
-"""Torch functions that a pass of a small network calls."""
+"""Torch functions that a pass of a small network calls; rehearsing it costs little."""
 
 SEARCHES = 24
 """Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
@@ -52,13 +50,9 @@ def follow_sizes(
     stage = Stage(net, example_inputs)
     resolver = _Resolver(net, state)
     known: set[str] = set()  # places of numbers that are marked already
-    turns = TRIALS if len(recording.frames) > SMALL else MANY_TRIALS
     for attempt in range(ROUNDS):
         grouping = Grouping(state)
-        if not trial(grouping, 0):
-            return grouping
-        for turn in range(turns):
-            keep = trial(grouping, turn)
+        for keep in trials(grouping, many=len(recording.frames) <= SMALL):
             prediction = Prediction(grouping, keep)
             faults = [
                 fault
@@ -89,7 +83,7 @@ def follow_sizes(
         state.inexact += search.marks(faults, "its size enters a number")
         known |= {fault.place for fault in faults}
     grouping = Grouping(state)
-    for number in trial(grouping, 0):
+    for number in keep:
         reason = f"{faults[0].error} ({faults[0].place})"
         state.frozen.append(Mark(grouping.ids_of(number), reason, True))
     return Grouping(state)
@@ -114,35 +108,6 @@ def _tie_attention(net: nn.Module, state: Propagation) -> None:
         for nodes in state.nodes.values():
             if np.isin(nodes.leaves, rows).any():
                 state.frozen.append(Mark(nodes.nodes, f"the number of heads of {name}", True))
-
-
-def trial(grouping: Grouping, turn: int) -> dict[int, np.ndarray]:
-    """Masks that cut the groups that can shrink.
-
-    In the first turn, groups that follow each other are cut by different amounts, in the second by
-    random ones, in the others by much or not at all, so that sizes that agree by chance in one
-    turn differ in another.
-    """
-    generator = np.random.default_rng(turn)
-    keep: dict[int, np.ndarray] = {}
-    for number, group in enumerate(grouping.groups):
-        rows = group.blocks if group.blocks is not None else np.arange(group.size)[None]
-        length = rows.shape[1]
-        if group.frozen is not None or length < 2:
-            continue
-        if turn == 0:
-            cut = 1 + number % max(length // 2, 1)
-        elif turn == 1:
-            cut = int(generator.integers(length))
-        else:  # a bit of the group's number, or its complement
-            cut = length - 1 if (number >> (turn // 2 - 1) & 1) == turn % 2 else 0
-        if not cut:
-            continue
-        mask = np.ones(group.size, dtype=bool)
-        for row in rows:
-            mask[generator.permutation(row)[:cut]] = False
-        keep[number] = mask
-    return keep
 
 
 class _Resolver:

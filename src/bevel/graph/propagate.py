@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bevel.graph.components import Classes
 from bevel.graph.layers import FIXED, Layer, along, compact
 from bevel.graph.record import Call, Frame, Recording, Value
 from bevel.graph.zeros import Zeros
@@ -72,19 +73,17 @@ class CostTerm:
 
 @dataclass(frozen=True, eq=False)
 class SizeSite:
-    """A module attribute whose value is a length, or several multiplied, times `factor`."""
+    """A module attribute whose value is a length."""
 
     module: str
     attribute: str
     extents: tuple[Extent, ...]
-    factor: int = 1
 
 
 class Propagation:
     """The state of one walk through a recording."""
 
-    def __init__(self, net: nn.Module, recording: Recording) -> None:
-        self.recording = recording
+    def __init__(self, net: nn.Module) -> None:
         self.modules = dict(net.named_modules())
         self.parameters = dict(net.named_parameters()) | dict(net.named_buffers())
         self.layers: dict[int, list[Layer]] = {}
@@ -102,6 +101,7 @@ class Propagation:
         self.expected: dict[int, list[tuple[int, Extent]]] = {}
         """Index of a call -> integers among its arguments that must follow these lengths."""
         self.position = 0
+        self._same, self._together = Classes(), Classes()
         self.count = 1  # id 0 means: belongs to nothing that can be removed
 
     # -- ids ------------------------------------------------------------------------------
@@ -111,17 +111,25 @@ class Propagation:
         self.count += n
         return torch.arange(self.count - n, self.count)
 
-    def unify(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Each pair of ids is one and the same index; an id that meets 0 is frozen."""
-        self._join(self.unions, a, b, reason)
+    def unify(self, a: Tensor | None, b: Tensor | None, reason: str) -> None:
+        """Each pair of ids is one and the same index; an id that meets 0 is frozen.
 
-    def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
+        None stands for an axis that cannot shrink.
+        """
+        self._pair(self.unions, a, b, reason)
+
+    def tie(self, a: Tensor | None, b: Tensor | None, reason: str) -> None:
         """Each pair of ids goes together, though they are different places of an axis."""
-        self._join(self.ties, a, b, reason)
+        self._pair(self.ties, a, b, reason)
 
-    def _join(
-        self, pairs: list[tuple[np.ndarray, np.ndarray]], a: Tensor, b: Tensor, reason: str
+    def _pair(
+        self,
+        pairs: list[tuple[np.ndarray, np.ndarray]],
+        a: Tensor | None,
+        b: Tensor | None,
+        reason: str,
     ) -> None:
+        a, b = FIXED if a is None else a, FIXED if b is None else b
         if a.shape != b.shape:
             a, b = torch.broadcast_tensors(a, b)
         left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
@@ -154,6 +162,14 @@ class Propagation:
     def mark_inexact(self, layer: Layer, reason: str) -> None:
         """Removing these ids is not the same as setting them to zero."""
         self._mark(self.inexact, layer.compact(), reason, not layer.flat)
+
+    def same(self) -> np.ndarray:
+        """The class of each id: ids that are one and the same index are in one."""
+        return self._same.after(self.count, self.unions)
+
+    def together(self) -> np.ndarray:
+        """The class of each id: ids that go together are in one."""
+        return self._together.after(self.count, self.ties, self.same())
 
     # -- layers ---------------------------------------------------------------------------
 
@@ -192,6 +208,12 @@ class Propagation:
             elif value.shape[layer.dim] == 1 or not layer.dims:
                 self.freeze_layer(layer, f"used by its position, at shape {value.shape}")
         self.layers[value.index] = kept
+
+    def set_outputs(self, call: Call, layers: Sequence[Layer] = ()) -> None:
+        """Give the first output its layers; the others, statistics and positions, have none."""
+        for position, output in enumerate(call.outputs):
+            if isinstance(output, Value):
+                self.set(output, () if position else layers)
 
     def on(self, value: Value, dim: int) -> list[Layer]:
         """The layers whose dimension is this one; only that axis of a parameter gets ids."""
@@ -247,6 +269,11 @@ class Propagation:
         first = layer.ids.narrow(dim, 0, 1)
         self.tie(layer.compact(), compact(first, layer.dims), reason)
 
+    def join(self, a: Layer, b: Layer, reason: str) -> None:
+        """Make two layers of the same axis one: unified where they vary alike, tied where not."""
+        pair = self.unify if a.dims == b.dims else self.tie
+        pair(a.compact(), b.compact(), reason)
+
     def adopt(self, value: Value, dim: int, ids: Tensor | None, reason: str) -> Tensor | None:
         """Make a parameter's axis have these ids (None: it cannot shrink); returns its ids."""
         axes = self.axes.get(value.name, None) if value.name is not None else None
@@ -257,7 +284,7 @@ class Propagation:
             return ids
         own = self.ids_along(value, dim, reason)
         if own is not None:
-            self.unify(FIXED if ids is None else ids, own, reason)
+            self.unify(ids, own, reason)
         elif ids is not None and value.shape[dim] > 1:
             self.freeze(ids, reason)
         return own
@@ -338,7 +365,7 @@ def propagate(
     `handlers` gives the handler of each call; `frame_handlers` those of torch functions that do
     more than the operators they lead to show.
     """
-    state = Propagation(net, recording)
+    state = Propagation(net)
     for position, call in enumerate(recording.calls):
         state.position = position
         handlers(call)(state, call)

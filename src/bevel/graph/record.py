@@ -4,7 +4,8 @@ A `TorchDispatchMode` sees every primitive operator with concrete shapes, whatev
 network runs to get there, so nothing has to be traced, scripted or exported. A
 `TorchFunctionMode` sees the functions that the network's own code calls; the pass can be
 rehearsed function by function with other sizes (`graph.rehearse`). Tensors become `Value`s; a
-`Value` that is a parameter or buffer knows its name.
+`Value` that is a parameter or buffer knows its name. The arithmetic is left out (`graph.unknown`)
+unless the network looks at what it has computed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
+from bevel.graph.holding import holding
+from bevel.graph.unknown import LookedError, looks, zeros
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor, the positional arguments of the network's forward, or its keyword arguments."""
@@ -40,7 +43,8 @@ LARGEST_INDEX = 1 << 20
 class Value:
     """A tensor seen during the pass. `name` is set for parameters and buffers.
 
-    `data` is the tensor itself where it may serve as an index: small, of integers or booleans.
+    `data` is the tensor itself where it may serve as an index: small, of integers or booleans, and
+    computed from constants if the pass was run without its arithmetic.
     """
 
     index: int
@@ -204,16 +208,18 @@ class ModuleStack:
 
 
 class _Operators(TorchDispatchMode):
-    """Turns the operators of a pass into `Call`s."""
+    """Turns the operators of a pass into `Call`s; `earnest` computes them all."""
 
-    def __init__(self, net: nn.Module, modules: ModuleStack) -> None:
+    def __init__(self, net: nn.Module, *, earnest: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.recording = Recording()
         self.names = tensor_names(net)
-        self.modules = modules
+        self.modules = ModuleStack(net)
         # Weak keys: an activation may be freed during the pass, and its address used again.
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
+        self.earnest = earnest
+        self.unknown: set[int] = set()
 
     def value(self, leaf: Any) -> Any:
         """The `Value` of a tensor; containers leaf by leaf, anything else unchanged."""
@@ -228,14 +234,29 @@ class _Operators(TorchDispatchMode):
             return leaf
         return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)
 
-    def _new(self, tensor: Tensor) -> Value:
+    def _new(self, tensor: Tensor, *, unknown: bool = False) -> Value:
         index = not tensor.is_floating_point() and tensor.numel() <= LARGEST_INDEX
-        data = tensor.detach() if index and not tensor.is_complex() else None
+        data = tensor.detach() if index and not unknown and not tensor.is_complex() else None
         name = self.names.get(id(tensor))
         value = Value(self.count, tuple(tensor.shape), name, data, tensor.dtype)
         self.count += 1
         self.values[tensor] = value
+        if unknown:
+            self.unknown.add(value.index)
         return value
+
+    def take(self, example_inputs: ExampleInputs) -> None:
+        """The elements of the network's own inputs are unknown, unless they may be indices."""
+        for leaf in tree_leaves((as_arguments(example_inputs), as_keywords(example_inputs))):
+            if isinstance(leaf, Tensor) and not self.earnest:
+                self._new(leaf, unknown=leaf.is_floating_point())
+
+    def knows(self, item: Any) -> bool:
+        """Whether nothing in an argument is unknown."""
+        if isinstance(item, Tensor):
+            known = self.values.get(item)
+            return known is None or known.index not in self.unknown
+        return not isinstance(item, list | tuple) or all(map(self.knows, item))
 
     def __torch_dispatch__(
         self,
@@ -247,12 +268,40 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         arguments = tuple(self.value(argument) for argument in args)
         keywords = {key: self.value(item) for key, item in kwargs.items()}
+        known = self.earnest or (self.knows(args) and self.knows(tuple(kwargs.values())))
         with torch._C.DisableTorchFunction():  # a scripted function's operators come here directly
-            result = func(*args, **kwargs)
+            result = func(*args, **kwargs) if known else self._guess(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
+        if not known:
+            for output in outputs:
+                self._forget(output)
         recorded = tuple(self.value(output) for output in outputs)
         self.recording.calls.append(Call(func, arguments, keywords, recorded, self.modules.top))
         return result
+
+    def _guess(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result of an operator on unknown tensors: zeros, or what it makes of zeros."""
+        if looks(func, args, lambda tensor: not self.knows(tensor)):
+            raise LookedError
+        if func._schema.is_mutable and self.knows(args[0]):
+            target = args[0]
+            whole = target.numel() * target.itemsize == target.untyped_storage().nbytes()
+            if not (whole and target.is_floating_point()) or id(target) in self.names:
+                raise LookedError  # others know the memory that it writes to
+        guess = zeros(func, args, kwargs)
+        return func(*args, **kwargs) if guess is None else guess
+
+    def _forget(self, output: Any) -> None:
+        """The elements of a result are unknown."""
+        if not isinstance(output, Tensor):
+            return
+        value = self.values.get(output)
+        if value is None or value.shape != output.shape:
+            self._new(output, unknown=True)
+        else:
+            self.unknown.add(value.index)
 
 
 class _Functions(TorchFunctionMode):
@@ -268,6 +317,8 @@ class _Functions(TorchFunctionMode):
         recording = self.operators.recording
         start = len(recording.calls)
         kwargs = kwargs or {}
+        if func in READS_DATA and not self.operators.knows((*args, *kwargs.values())):
+            raise LookedError
         result = func(*args, **kwargs)
         if is_frame(func, result):
             value = self.operators.value
@@ -302,31 +353,43 @@ def decomposed() -> Any:
 def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
     """Run the network once in eval mode, without gradients, and return what it did.
 
+    The first try does without the arithmetic, and takes back what the pass leaves on the modules;
+    if the network looks at what it computes, or fails, it is run in earnest.
+
     Raises:
         ModelError: the network cannot be called with these inputs.
     """
-    modules = ModuleStack(net)
-    operators = _Operators(net, modules)
-    recording = operators.recording
     try:
-        with (
-            evaluating(net),
-            torch.no_grad(),
-            decomposed(),
-            modules.following(),
-            operators,
-            _Functions(operators),
-        ):
-            result = run(net, example_inputs)
+        with holding(net):
+            return _record(net, example_inputs, _Operators(net, earnest=False))
+    except (LookedError, *FORWARD_FAULTS):
+        pass
+    operators = _Operators(net, earnest=True)
+    try:
+        return _record(net, example_inputs, operators)
     except FORWARD_FAULTS as error:
-        place = recording.calls[-1].module if recording.calls else ""
+        calls = operators.recording.calls
+        place = calls[-1].module if calls else ""
         raise ModelError(
             f"the network cannot be run on inputs of shape {_shapes(example_inputs)}: "
             f"{one_line(error)} (after {place or 'the first operator'}); check the input shape"
         ) from error
+
+
+def _record(net: nn.Module, example_inputs: ExampleInputs, operators: _Operators) -> Recording:
+    operators.take(example_inputs)
+    with (
+        evaluating(net),
+        torch.no_grad(),
+        decomposed(),
+        operators.modules.following(),
+        operators,
+        _Functions(operators),
+    ):
+        result = run(net, example_inputs)
     leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    recording.outputs = [operators.value(leaf) for leaf in leaves]
-    return recording
+    operators.recording.outputs = [operators.value(leaf) for leaf in leaves]
+    return operators.recording
 
 
 def batch_size(example_inputs: ExampleInputs) -> int:

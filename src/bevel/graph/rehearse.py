@@ -1,26 +1,21 @@
 """Rehearse a pruned network without computing anything: does its own code follow the new sizes?
 
-A copy of the network with meta tensors of the pruned shapes runs its ordinary Python forward.
-Every torch function that it calls is compared with the recorded pass: its result must have the
-shape that the layers of ids predict. Where it does not, the fault is noted, with the line of code,
-and the rehearsal goes on with what was predicted, so one run finds every size that is written in
-the code.
+The network, dressed in meta tensors of the pruned shapes, runs its ordinary Python forward. Every
+torch function that it calls is compared with the recorded pass: its result must have the shape
+that the layers of ids predict. Where it does not, the fault is noted, with the line of code, and
+the rehearsal goes on with what was predicted, so one run finds every size that is written in the
+code.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -29,206 +24,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, one_line
 from bevel.core.modes import evaluating
-from bevel.graph.attributes import resize, set_integer
-from bevel.graph.copying import meta
-from bevel.graph.grouping import Grouping
+from bevel.graph.faults import Fault, Kind, Written, is_user, place_of, user_frame
 from bevel.graph.layers import Layer
-from bevel.graph.propagate import Extent
-from bevel.graph.record import (
-    READS_DATA,
-    ExampleInputs,
-    Frame,
-    ModuleStack,
-    Recording,
-    Value,
-    decomposed,
-    is_frame,
-    map_inputs,
-    run,
-    tensor_names,
-)
-
-
-class Kind(Enum):
-    """Sorts of faults."""
-
-    HERE = "a size does not follow the tensors here"
-    ELSEWHERE = "a size follows tensors from elsewhere in the network"
-    RAISED = "the network's own code raises an error"
-    PATH = "the code takes another path"
-    NUMBER = "a number that is no size is computed from a size"
-
-
-@dataclass(frozen=True, eq=False)
-class Written:
-    """A number in the code that ought to follow these lengths.
-
-    `ids` are all ids of the layer whose length it is, in the order of the tensor's elements.
-    """
-
-    number: int
-    predicted: int
-    extents: tuple[Extent, ...]
-    ids: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Fault:
-    """A place where the network's code does not follow the new sizes.
-
-    Attributes:
-        modules: the modules whose forward is running, innermost first.
-        place: file and line.
-        names: the attribute names that the code there uses.
-        written: the numbers at fault, if they are known.
-        blamed: the layers involved.
-        error: what happened.
-        kind: what sort of fault it is.
-        lengths: all lengths of the results that can shrink.
-        changes: numbers among the arguments that differ: recorded and now.
-    """
-
-    modules: tuple[str, ...]
-    place: str
-    names: frozenset[str]
-    written: tuple[Written, ...]
-    blamed: tuple[Layer, ...]
-    error: str
-    kind: Kind
-    lengths: tuple[Written, ...] = ()
-    changes: tuple[tuple[int, int], ...] = ()
-
-
-class Prediction:
-    """The sizes that every tensor of a recorded pass has once these groups are cut."""
-
-    def __init__(self, grouping: Grouping, keep: Mapping[int, np.ndarray]) -> None:
-        self.state = grouping.state
-        self.own, self.whole = grouping.kept(dict(keep))
-        self._sizes: dict[int, tuple[int, ...]] = {}
-        self._lengths: dict[tuple[int, ...], int] = {}
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        """The predicted shape of a recorded tensor."""
-        known = self._sizes.get(value.index)
-        if known is None:
-            layers = self.state.layers.get(value.index)
-            known = self._shrunken(value.shape, layers) if layers else value.shape
-            self._sizes[value.index] = known
-        return known
-
-    def _shrunken(self, shape: tuple[int, ...], layers: Sequence[Layer]) -> tuple[int, ...]:
-        sizes = list(shape)
-        for dim in {layer.dim for layer in layers}:
-            own = [layer for layer in layers if layer.dim == dim]
-            key = tuple(map(id, own))
-            if key not in self._lengths:
-                self._lengths[key] = self.length(self.state.extents(own, dim))
-            sizes[dim] = self._lengths[key]
-        return tuple(sizes)
-
-    def length(self, extents: Sequence[Extent]) -> int:
-        """How many indices stay."""
-        stays = np.ones(1, dtype=bool)
-        for extent in extents:
-            stays = stays & (self.own if extent.level else self.whole)[extent.ids]
-        return int(stays.sum())
-
-    def parameter(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """The predicted shape of a parameter or buffer."""
-        sizes = list(shape)
-        for dim, ids in enumerate(self.state.axes.get(name, ())):
-            if ids is not None:
-                stays = self.whole[ids]
-                sizes[dim] = int((stays[0] if ids.ndim == 2 else stays).sum())
-        return tuple(sizes)
-
-
-class Stage:
-    """A network that can be dressed in meta tensors of other sizes, and undressed again.
-
-    Nothing is computed on meta tensors. Whatever a forward leaves on its modules meanwhile, such
-    as a cache, is taken back.
-    """
-
-    def __init__(self, net: nn.Module, example_inputs: ExampleInputs) -> None:
-        self.net = net
-        self.inputs = map_inputs(
-            example_inputs, lambda x: x.to("meta") if isinstance(x, Tensor) else x
-        )
-        self.names = tensor_names(net)
-        self.modules = dict(net.named_modules())
-        first = next(net.parameters(), None)
-        self.device = torch.device("cpu") if first is None else first.device
-
-    @contextmanager
-    def dressed(self, prediction: Prediction) -> Iterator[nn.Module]:
-        """The network with the predicted shapes and attributes, inside this context."""
-        saved = [_Saved(module) for module in self.modules.values()]
-        try:
-            self._dress(prediction)
-            yield self.net
-        finally:
-            for state in saved:
-                state.restore()
-
-    def _dress(self, prediction: Prediction) -> None:
-        replaced: dict[int, Tensor] = {}
-        for module in self.modules.values():
-            for tensors in (module._parameters, module._buffers):
-                for leaf, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in replaced:
-                        shape = prediction.parameter(self.names[id(tensor)], tensor.shape)
-                        replaced[id(tensor)] = meta(tensor, shape)
-                    tensors[leaf] = replaced[id(tensor)]
-            if isinstance(module, nn.RNNBase):
-                names = module._flat_weights_names
-                module._flat_weights = [getattr(module, name) for name in names]
-        for site in prediction.state.sizes:
-            value = prediction.length(site.extents) * site.factor
-            set_integer(self.modules[site.module], site.attribute, value)
-        for module in self.modules.values():
-            resize(module)
-
-
-class _Saved:
-    """What a module holds, one level deep."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.contents = [
-            (value, copy.copy(value))
-            for name, value in self.attributes.items()
-            if isinstance(value, list | dict | set) and not name.endswith("_hooks")
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        attributes = vars(self.module)
-        attributes.clear()
-        attributes.update(self.attributes)
-        for container, content in self.contents:
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
+from bevel.graph.prediction import Prediction
+from bevel.graph.record import READS_DATA, Frame, Recording, Value, decomposed, is_frame, run
+from bevel.graph.stage import Stage
 
 
 def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list[Fault]:
     """Run the network at its predicted sizes; returns where its code does not follow them."""
-    modules = ModuleStack(stage.net)
-    mode = _Rehearsal(recording, prediction, modules, stage.device)
+    mode = _Rehearsal(recording, prediction, stage)
     try:
         with (
             evaluating(stage.net),
             stage.dressed(prediction) as net,
             torch.no_grad(),
             decomposed(),
-            modules.following(),
             mode,
         ):
             run(net, stage.inputs)
@@ -259,14 +70,30 @@ class _Seen(TorchDispatchMode):
 
 _FOLLOWING = frozenset(
     {
-        "batch_norm", "relu", "relu_", "relu6", "silu", "silu_", "gelu", "hardswish", "hardswish_",
+        "relu", "relu_", "relu6", "silu", "silu_", "gelu", "hardswish", "hardswish_", "mish",
         "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "leaky_relu", "elu",
-        "mish", "dropout", "linear", "add", "add_", "__add__", "iadd", "mul", "mul_", "__mul__",
-        "sub", "contiguous", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "softmax",
-        "transpose", "permute", "matmul", "scaled_dot_product_attention", "float", "clone",
+        "dropout", "softmax", "log_softmax", "exp", "log", "sqrt", "rsqrt", "clamp", "erf", "abs",
+        "add", "add_", "__add__", "__radd__", "iadd", "__iadd__", "mul", "mul_", "__mul__",
+        "__rmul__", "__imul__", "sub", "sub_", "__sub__", "rsub", "__rsub__", "__isub__", "div",
+        "div_", "__truediv__", "__rdiv__", "__rtruediv__", "true_divide", "pow", "__pow__", "neg",
+        "eq", "__eq__", "ne", "__ne__", "lt", "__lt__", "gt", "__gt__", "le", "__le__", "ge",
+        "__ge__", "masked_fill", "masked_fill_", "where", "lerp", "maximum", "minimum",
+        "contiguous", "float", "to", "type_as", "clone", "detach",
+        "conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "bmm", "einsum",
+        "batch_norm", "instance_norm", "layer_norm", "rms_norm", "lstm", "gru",
+        "scaled_dot_product_attention", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
+        "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d", "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
+        "cat", "concat", "transpose", "permute", "unsqueeze", "roll", "flip",
     }
 )  # fmt: skip
-"""Functions whose result has the right shape if their arguments have it."""
+"""Functions whose result has the right shape if their arguments have it.
+
+None of them takes a length as a number, but for `_NORMALIZED` and what handlers `expect`.
+"""
+
+_NORMALIZED = frozenset({"layer_norm", "rms_norm"})
+"""Functions whose second argument is the shape of the last dimensions of the first."""
 
 _ARITHMETIC = frozenset(
     {
@@ -282,16 +109,9 @@ _ARITHMETIC = frozenset(
 class _Rehearsal(TorchFunctionMode):
     """Compares every torch function of the pass with the recorded one."""
 
-    def __init__(
-        self,
-        recording: Recording,
-        prediction: Prediction,
-        modules: ModuleStack,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, recording: Recording, prediction: Prediction, stage: Stage) -> None:
         super().__init__()
-        self.recording, self.prediction, self.modules = recording, prediction, modules
-        self.device = device
+        self.recording, self.prediction, self.stage = recording, prediction, stage
         self.position = 0
         self.faults: list[Fault] = []
 
@@ -302,7 +122,7 @@ class _Rehearsal(TorchFunctionMode):
         if _inside_torch(sys._getframe(1)):  # a scripted function, interpreted on meta tensors
             return func(*args, **kwargs)
         if func == _DEVICE:  # code that asks gets the answer it got when it was recorded
-            return self.device
+            return self.stage.device
         if _names_device(args, kwargs):
             args, kwargs = tree_map(_to_meta, (args, kwargs))
         expected = self._next()
@@ -327,18 +147,31 @@ class _Rehearsal(TorchFunctionMode):
     def _shortcut(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The predicted result of a function that has no sizes among its arguments.
 
-        None unless every tensor has its predicted shape and everything else is as recorded.
+        None unless every tensor has its predicted shape and everything else is as recorded, or
+        follows as it shall.
         """
         given = (*args, *kwargs.values())
-        if not isinstance(frame.result, Value) or not self._same(given, frame.arguments):
+        if not self._same(given, frame.arguments, self._following(frame)):
             return None
         for argument, value in zip(given, frame.arguments, strict=True):
             if value is frame.result:  # in place
                 return argument
-        shape = self.prediction.shape(frame.result)
-        return torch.empty(shape, dtype=frame.result.dtype, device="meta")
+        return self._predicted(frame)
 
-    def _same(self, given: Sequence[Any], recorded: Sequence[Any]) -> bool:
+    def _following(self, frame: Frame) -> dict[int, int]:
+        """Integers among the arguments that are lengths, and what they have to be."""
+        follow: dict[int, int] = {}
+        expected = self.prediction.state.expected
+        for position in range(frame.calls.start, frame.calls.stop):
+            for number, extent in expected.get(position, ()):
+                follow[number] = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
+        if _name(frame.function) in _NORMALIZED:
+            value, shape = frame.arguments[:2]
+            tail = self.prediction.shape(value)[-len(shape) :]
+            follow.update(zip(shape, tail, strict=True))
+        return follow
+
+    def _same(self, given: Sequence[Any], recorded: Sequence[Any], follow: dict[int, int]) -> bool:
         if len(given) != len(recorded):
             return False
         for argument, value in zip(given, recorded, strict=True):
@@ -348,7 +181,12 @@ class _Rehearsal(TorchFunctionMode):
                 if argument.shape != self.prediction.shape(value):
                     return False
             elif isinstance(value, list | tuple):
-                if not isinstance(argument, list | tuple) or not self._same(argument, value):
+                if not isinstance(argument, list | tuple):
+                    return False
+                if not self._same(argument, value, follow):
+                    return False
+            elif type(value) is int and value in follow:
+                if argument != follow[value]:
                     return False
             elif argument is not value and argument != value:
                 return False
@@ -466,7 +304,7 @@ class _Rehearsal(TorchFunctionMode):
         self, frame: Frame | None, error: str, arguments: Any = (), *, kind: Kind = Kind.HERE
     ) -> Fault:
         """A fault at the line of the network's code that is running."""
-        code = _user_frame(sys._getframe())
+        code = user_frame(sys._getframe())
         written: tuple[Written, ...] = ()
         blamed: list[Layer] = []
         lengths: tuple[Written, ...] = ()
@@ -482,8 +320,8 @@ class _Rehearsal(TorchFunctionMode):
             for value in self._values(frame):
                 blamed += self.prediction.state.layers.get(value.index, ())
         return Fault(
-            modules=tuple(dict.fromkeys(reversed(self.modules.stack))) or ("",),
-            place=_place(code),
+            modules=self._running(),
+            place=place_of(code),
             names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
             written=written,
             blamed=tuple(blamed),
@@ -493,21 +331,33 @@ class _Rehearsal(TorchFunctionMode):
             changes=changes,
         )
 
+    def _running(self) -> tuple[str, ...]:
+        """The modules whose forward is running, innermost first."""
+        names: dict[str, None] = {}
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _MODULE_CALL:
+                name = self.stage.module_names.get(id(frame.f_locals["self"]))
+                if name is not None:
+                    names[name] = None
+            frame = frame.f_back
+        return tuple(names) or ("",)
+
     def raised(self, error: BaseException) -> Fault:
         """A fault where the network's own code raised an error."""
         trace = error.__traceback__
         code: FrameType | None = None
         while trace is not None:
-            if _is_user(trace.tb_frame):
+            if is_user(trace.tb_frame):
                 code = trace.tb_frame
             trace = trace.tb_next
         owner = code.f_locals.get("self") if code is not None else None
-        name = self.modules.names.get(id(owner))
+        name = self.stage.module_names.get(id(owner))
         values = self._recent()
         blamed = [x for v in values for x in self.prediction.state.layers.get(v.index, ())]
         return Fault(
             modules=(name,) if name is not None else self._last_modules(),
-            place=_place(code),
+            place=place_of(code),
             names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
             written=tuple(w for v in values for w in self._of(v) if w.predicted != w.number),
             blamed=tuple(blamed),
@@ -564,6 +414,7 @@ def _numbers(func: Any, arguments: Any) -> list[Any]:
 
 _DEVICE = torch.Tensor.device.__get__
 
+_MODULE_CALL = nn.Module._call_impl.__code__
 
 _INSIDE = tuple(
     f"{Path(torch.__file__).parent}{os.sep}{part}"
@@ -600,23 +451,3 @@ def _name(function: Any) -> str:
 
 def _called(frame: Frame | None) -> str:
     return "ends there" if frame is None else _name(frame.function)
-
-
-_OTHERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
-"""Code that is not the network's own: torch, the recording, generated functions."""
-
-
-def _is_user(frame: FrameType) -> bool:
-    return not frame.f_code.co_filename.startswith(_OTHERS)
-
-
-def _user_frame(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and not _is_user(frame):
-        frame = frame.f_back
-    return frame
-
-
-def _place(frame: FrameType | None) -> str:
-    if frame is None:
-        return "torch"
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from torch import Tensor, nn
 
 from bevel.core.errors import CheckpointError, ExportError, PruningError, one_line
 from bevel.core.files import atomic
+from bevel.core.garbage import sparing_old_objects
 from bevel.graph.attributes import get_integer, resize, set_integer
-from bevel.graph.copying import copy_with, like
+from bevel.graph.copying import copy_with, like, tensors_of
 from bevel.graph.program import export_program
 from bevel.graph.record import ExampleInputs, as_arguments, as_keywords
 from bevel.pruning.plan import PruningPlan, TensorCut, indices
 
+PIECE = 1 << 17
+"""Elements of a tensor that are cut in one go: they stay in the processor's cache."""
 
+
+@sparing_old_objects()
 def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
     """A new network without what the plan removes; `net` is unchanged.
 
@@ -34,8 +40,9 @@ def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
         PruningError: the plan does not fit the network (unknown tensor, other shape, index out of
             range).
     """
-    _check(net, plan)
-    pruned = copy_with(net, _sliced(net, plan))
+    tensors = tensors_of(net)
+    _check(dict(net.named_modules()), tensors, plan)
+    pruned = copy_with(net, _sliced(tensors, plan))
     for name, module in pruned.named_modules():
         for attribute, value in plan.attributes.get(name, {}).items():
             set_integer(module, attribute, value)
@@ -43,45 +50,60 @@ def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
     return pruned
 
 
-def _sliced(net: nn.Module, plan: PruningPlan) -> dict[int, Tensor]:
+def _sliced(tensors: Mapping[str, Tensor], plan: PruningPlan) -> dict[int, Tensor]:
     """`id(tensor)` -> what stays of it; a shared tensor is cut once, under any of its names."""
-    tensors = [
-        *net.named_parameters(remove_duplicate=False),
-        *net.named_buffers(remove_duplicate=False),
-    ]
+    positions = cache(_positions)  # many tensors of a plan share their runs
     return {
-        id(tensor): like(tensor, cut_tensor(tensor.detach(), plan.tensors[name]))
-        for name, tensor in tensors
+        id(tensor): like(tensor, cut_tensor(tensor.detach(), plan.tensors[name], positions))
+        for name, tensor in tensors.items()
         if name in plan.tensors
     }
 
 
-def cut_tensor(tensor: Tensor, cut: TensorCut) -> Tensor:
+def _positions(runs: str, device: torch.device) -> Tensor:
+    return torch.tensor(indices(runs), device=device)
+
+
+def cut_tensor(
+    tensor: Tensor, cut: TensorCut, positions: Callable[[str, torch.device], Tensor] = _positions
+) -> Tensor:
     """A contiguous copy of what stays of a tensor."""
-    # Rows first, they are cheap to copy; but blocks of dimension 0 are cut before dimension 0.
-    blocks = any(isinstance(runs, list) for runs in cut.keep.values())
     original = tensor
-    for dim in sorted(cut.keep, reverse=blocks):
-        runs = cut.keep[dim]
+    kept = {}
+    for dim, runs in cut.keep.items():
         if isinstance(runs, str):
-            tensor = tensor.index_select(dim, _positions(runs))
-        else:
+            kept[dim] = positions(runs, tensor.device)
+        else:  # blocks of dimension 0 are cut before dimension 0
             parts = [
-                part.index_select(dim, _positions(block))
+                part.index_select(dim, positions(block, tensor.device))
                 for part, block in zip(tensor.chunk(len(runs)), runs, strict=True)
             ]
             tensor = torch.cat(parts)
+    step = max(PIECE // max(tensor[:1].numel(), 1), 1)
+    if 0 in kept and len(kept) > 1 and len(kept[0]) > step:
+        return _cut_in_pieces(tensor, kept, step)
+    for dim in sorted(kept):
+        tensor = tensor.index_select(dim, kept[dim])
     return tensor.clone() if tensor is original else tensor.contiguous()
 
 
-def _positions(runs: str) -> Tensor:
-    return torch.tensor(indices(runs))
+def _cut_in_pieces(tensor: Tensor, kept: Mapping[int, Tensor], step: int) -> Tensor:
+    """Dimension 0 and others cut `step` rows at a time, so that nothing is written out twice."""
+    new = tensor.new_empty([len(kept.get(d, range(n))) for d, n in enumerate(tensor.shape)])
+    *between, last = sorted(kept.keys() - {0})
+    for rows, part in zip(kept[0].split(step), new.split(step), strict=True):
+        piece = tensor.index_select(0, rows)
+        for dim in between:
+            piece = piece.index_select(dim, kept[dim])
+        torch.index_select(piece, last, kept[last], out=part)
+    return new
 
 
-def _check(net: nn.Module, plan: PruningPlan) -> None:
+def _check(
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], plan: PruningPlan
+) -> None:
     """Every cut names a tensor of the stated shape and keeps at least one index within it."""
-    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    modules = dict(net.named_modules())
+    counts: dict[tuple[str, int], int] = {}  # many tensors of a plan share their runs
     for name, cut in plan.tensors.items():
         if name not in tensors:
             raise PruningError(
@@ -99,10 +121,14 @@ def _check(net: nn.Module, plan: PruningPlan) -> None:
                 raise PruningError(
                     f"the plan cuts dimension {dim} of '{name}', which has {len(shape)}"
                 )
-            kept = _kept(name, dim, runs if isinstance(runs, list) else [runs], shape[dim])
-            if any(k.size == 0 for k in kept):
+            blocks = runs if isinstance(runs, list) else [runs]
+            for block in blocks:
+                if (block, shape[dim]) not in counts:
+                    counts[block, shape[dim]] = _count(name, dim, block, shape[dim])
+            kept = {counts[block, shape[dim]] for block in blocks}
+            if 0 in kept:
                 raise PruningError(f"the plan keeps nothing of dimension {dim} of '{name}'")
-            if len({k.size for k in kept}) != 1:
+            if len(kept) != 1:
                 raise PruningError(
                     f"the plan keeps unequal numbers in the blocks of dimension {dim} of '{name}'"
                 )
@@ -122,21 +148,21 @@ def _check(net: nn.Module, plan: PruningPlan) -> None:
                 )
 
 
-def _kept(name: str, dim: int, blocks: list[str], size: int) -> list[np.ndarray]:
-    """The kept indices of each block.
+def _count(name: str, dim: int, runs: str, size: int) -> int:
+    """How many indices the runs keep of a dimension.
 
     Raises:
         PruningError: they are no ascending runs of indices below `size`.
     """
-    for block in blocks:  # before the runs are written out: a run of 10**12 would fill the memory
-        for number in re.findall(r"\d+", block):
-            if len(number) > 18 or int(number) >= size:
-                raise PruningError(
-                    f"the plan keeps index {one_line(number, 20)} of dimension {dim} of '{name}', "
-                    f"which is out of range: the dimension has {size}"
-                )
+    # Before the runs are written out: a run of 10**12 would fill the memory.
+    for number in re.findall(r"\d+", runs):
+        if len(number) > 18 or int(number) >= size:
+            raise PruningError(
+                f"the plan keeps index {one_line(number, 20)} of dimension {dim} of '{name}', "
+                f"which is out of range: the dimension has {size}"
+            )
     try:
-        return [indices(block) for block in blocks]
+        return len(indices(runs))
     except PruningError as error:
         raise PruningError(f"dimension {dim} of '{name}' in the plan: {error}") from error
 

@@ -210,17 +210,19 @@ def make_plan(
         request: what was asked for; stored with the plan.
         notes: stored with the plan.
     """
-    masks: dict[tuple[str, int], np.ndarray] = {}
+    masks: dict[str, dict[int, np.ndarray]] = {}
     kept = analysis.full()
     for index, mask in keep.items():
         kept[index] = int(mask.sum())
-        if mask.all():
+        if kept[index] == len(mask):
             continue
+        stays = np.append(mask, True)  # the last is where -1 points to, no unit: it stays
         for axis in analysis.groups[index].axes:
-            stays = (axis.units < 0) | mask[axis.units]
-            key = (axis.tensor, axis.dim)
-            masks[key] = masks[key] & stays if key in masks else stays
-    tensors: dict[str, TensorCut] = {}
+            dims = masks.setdefault(axis.tensor, {})
+            if axis.dim in dims:
+                dims[axis.dim] &= stays[axis.units]
+            else:
+                dims[axis.dim] = stays[axis.units]
     known: dict[bytes, str] = {}
 
     def kept_runs(stays: np.ndarray) -> str:
@@ -230,11 +232,16 @@ def make_plan(
             known[key] = runs_of(np.flatnonzero(stays))
         return known[key]
 
-    for (name, dim), stays in masks.items():
-        runs = kept_runs(stays) if stays.ndim == 1 else [kept_runs(block) for block in stays]
-        cut = tensors.get(name)
-        shape = list(analysis.shapes[name])
-        tensors[name] = TensorCut(shape=shape, keep={**(cut.keep if cut else {}), dim: runs})
+    tensors = {
+        name: TensorCut(
+            shape=list(analysis.shapes[name]),
+            keep={
+                dim: kept_runs(mask) if mask.ndim == 1 else [kept_runs(block) for block in mask]
+                for dim, mask in dims.items()
+            },
+        )
+        for name, dims in masks.items()
+    }
     attributes: dict[str, dict[str, int]] = {}
     for site in analysis.attributes:
         value = site.value(keep)

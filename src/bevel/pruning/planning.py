@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.errors import PruningError
+from bevel.core.garbage import sparing_old_objects
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
@@ -22,6 +23,7 @@ from bevel.pruning.sensitivity import Sensitivity
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 
 
+@sparing_old_objects()
 def plan_pruning(
     net: nn.Module,
     example_inputs: ExampleInputs,
@@ -157,15 +159,12 @@ def _common(reasons: Sequence[str]) -> str:
 
 def _shares_touched(analysis: Analysis, sets: Sequence[Sequence[int]]) -> list[float]:
     """For each set of groups, the share of the MACs in calls whose size depends on any of them."""
-    set_of = np.full(len(analysis.groups) + 1, -1)
-    for number, indices in enumerate(sets):
-        set_of[list(indices)] = number
-    everything = analysis.shares(analysis.full())
-    macs = np.zeros(len(sets))
-    for term in analysis.macs:
-        numbers = {
-            int(number) for x in term.lengths for number in np.unique(set_of[x.groups.reshape(-1)])
-        }
-        macs[[number for number in numbers if number >= 0]] += term.at(everything)
-    shares: list[float] = (macs / max(analysis.cost().macs, 1)).tolist()
-    return shares
+    macs, _ = analysis.totals
+    values = macs.each(analysis.shares(analysis.full()))
+    touched = []
+    for indices in sets:
+        groups = np.zeros(len(analysis.groups) + 1, dtype=bool)
+        groups[list(indices)] = True
+        touched.append(float(values[macs.touched(groups)].sum()))
+    everything = max(analysis.cost().macs, 1)
+    return [share / everything for share in touched]

@@ -8,6 +8,7 @@ an attention head, gets the mean of their rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -122,8 +123,6 @@ class _Scorer:
     def __init__(self, net: nn.Module, plugin: Criterion, generator: torch.Generator) -> None:
         self.plugin, self.generator = plugin, generator
         self.modules = dict(net.named_modules(remove_duplicate=False))
-        self.parameters = dict(net.named_parameters(remove_duplicate=False))
-        self.buffers = dict(net.named_buffers(remove_duplicate=False))
         self._weights: dict[str, _Weight | None] = {}
         self._roles: dict[tuple[str, int], str | None] = {}
         self._rows: dict[tuple[str, str, int, int], np.ndarray] = {}
@@ -149,18 +148,23 @@ class _Scorer:
         chosen = list(members.values())[: 1 if first else None]
         if not chosen:
             return np.zeros((0, group.size))
-        scores = np.array([self._by_unit(*member, group.size) for member in chosen])
+        scores = self._by_unit(chosen, group.size)
         if not self.plugin.COMPARABLE:
             scores /= np.maximum(scores.mean(axis=1, keepdims=True), 1e-30)
         return scores
 
-    def _by_unit(self, weight: _Weight, axis: Axis, size: int) -> np.ndarray:
-        """The mean score of each unit's rows."""
-        rows, units = self._scored(weight, axis), axis.units.reshape(-1)
-        live = np.flatnonzero(units >= 0)
-        units, rows = units[live], rows[live]
-        total = np.bincount(units, rows, minlength=size)
-        return total / np.maximum(np.bincount(units, minlength=size), 1)
+    def _by_unit(self, members: Sequence[tuple[_Weight, Axis]], size: int) -> np.ndarray:
+        """The mean score of each unit's rows, (members, size)."""
+        shape = (len(members), size + 1)  # of each member, the first place is for rows of no unit
+        places = [
+            axis.units.reshape(-1) + (number * shape[1] + 1)
+            for number, (_, axis) in enumerate(members)
+        ]
+        place = np.concatenate(places)
+        rows = np.concatenate([self._scored(*member) for member in members])
+        total = np.bincount(place, rows, minlength=math.prod(shape))
+        count = np.bincount(place, minlength=math.prod(shape))
+        return (total / np.maximum(count, 1)).reshape(shape)[:, 1:]
 
     def _scored(self, weight: _Weight, axis: Axis) -> np.ndarray:
         """Scores of all rows along an axis, in the order of `axis.units.reshape(-1)`."""
@@ -202,9 +206,11 @@ class _Scorer:
             stem = leaf.rpartition("_")[0]  # torch.nn.utils: weight_g and weight_v, weight_orig
             if leaf in (f"{stem}_g", f"{stem}_v", f"{stem}_orig") and hasattr(module, stem):
                 leaf = stem
-        own: Tensor | None = self.parameters.get(name)
+        holder, _, part = name.rpartition(".")
+        held = self.modules[holder]
+        own: Tensor | None = held._parameters.get(part)
         if own is None and leaf == "weight":  # a frozen normalisation's scale
-            own = self.buffers.get(name)
+            own = held._buffers.get(part)
         if own is None:
             return None
         tensor = getattr(module, leaf, own)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from bevel.core.errors import FORWARD_FAULTS, ProofError, one_line
 from bevel.core.modes import evaluating
 from bevel.core.records import Record
+from bevel.graph.copying import copy_with
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.graph.record import ExampleInputs, map_inputs, run
 from bevel.pruning.allocate import rank
@@ -36,6 +37,8 @@ class Proof(Record):
     unproven: list[str] = Field(default_factory=list)
     """Channel groups for which setting to zero is not the same as removing, with the reason: for
     them only the shapes of the outputs and that these are finite were checked."""
+    skipped: list[str] = Field(default_factory=list)
+    """Random inputs that were left out, as the original network cannot run them, and why."""
 
     @property
     def worst(self) -> float:
@@ -58,6 +61,8 @@ def verify_pruning(
 ) -> Proof:
     """Compare with the masked original on the example inputs, two random inputs and `images`.
 
+    Random inputs that mean nothing to the original, as random boxes may, are skipped.
+
     A statistic across channels (layer norm, the scale of an attention head) changes with the
     channels that are left, so there the masked original is no reference: those cuts are left out
     of the comparison, and for them the network is run as a whole, and the shapes of its outputs
@@ -73,8 +78,8 @@ def verify_pruning(
     Raises:
         ProofError: an output differs; the message names the channel group that is at fault.
     """
-    inputs: list[ExampleInputs] = [example_inputs, *_random_like(example_inputs, 2)]
-    inputs += [(batch,) for batch in images]
+    random, skipped = _that_run(net, _random_like(example_inputs, 2))
+    inputs = [example_inputs, *random, *((batch,) for batch in images)]
     inexact = {group.name: group.inexact for group in plan.groups if group.cut and group.inexact}
     proven, reference = plan, pruned
     try:
@@ -92,6 +97,7 @@ def verify_pruning(
         inputs=len(inputs),
         tolerance=TOLERANCE,
         unproven=[f"{name}: {reason}" for name, reason in inexact.items()],
+        skipped=skipped,
     )
     if not proof.passed:
         raise ProofError(
@@ -240,6 +246,27 @@ def _relative(expected: Tensor, got: Tensor) -> float:
     a, b = expected.double(), got.double()
     difference = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
     return difference if difference == difference else float("inf")  # NaN is a failure
+
+
+def _that_run(
+    net: nn.Module, candidates: Sequence[ExampleInputs]
+) -> tuple[list[ExampleInputs], list[str]]:
+    """Those that a network gives finite outputs for; and why not, for each of the others."""
+    net = copy_with(net, {})  # a forward may change what it finds on its modules
+    good: list[ExampleInputs] = []
+    reasons = []
+    with evaluating(net), torch.no_grad():
+        for number, inputs in enumerate(candidates, 1):
+            try:
+                finite = all(bool(output.isfinite().all()) for output in _outputs(net, inputs))
+            except FORWARD_FAULTS as error:
+                reasons.append(f"random input {number}: {one_line(error, 160)}")
+                continue
+            if finite:
+                good.append(inputs)
+            else:
+                reasons.append(f"random input {number}: an output of the original is not finite")
+    return good, reasons
 
 
 def _random_like(example_inputs: ExampleInputs, count: int) -> list[ExampleInputs]:

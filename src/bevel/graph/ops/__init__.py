@@ -16,6 +16,7 @@ from bevel.graph.ops import (
     convolution,
     elementwise,
     indexing,
+    joining,
     matmul,
     movement,
     normalization,
@@ -25,7 +26,7 @@ from bevel.graph.ops import (
     views,
 )
 from bevel.graph.propagate import FrameHandler, Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.record import Call
 
 HANDLERS: dict[str, Handler] = {
     **convolution.HANDLERS,
@@ -35,6 +36,7 @@ HANDLERS: dict[str, Handler] = {
     **pooling.HANDLERS,
     **reduction.HANDLERS,
     **movement.HANDLERS,
+    **joining.HANDLERS,
     **views.HANDLERS,
     **indexing.HANDLERS,
     **attention.HANDLERS,
@@ -63,6 +65,4 @@ def unknown(state: Propagation, call: Call) -> None:
     """Freeze everything the operator touches; its outputs carry no ids."""
     for value in call.inputs():
         state.freeze_value(value, f"bevel does not know the operator {call.place}")
-    for output in call.outputs:
-        if isinstance(output, Value):
-            state.set(output, [])
+    state.set_outputs(call)

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from bevel.graph.layers import FIXED, along
+from bevel.graph.layers import along
 from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Value
 
@@ -107,19 +107,15 @@ def _depthwise(
 ) -> Tensor | None:
     """Filter `i` reads channel `i // multiplier` only, so they go together."""
     multiplier = weight.shape[0] // groups
-    read = channels.repeat_interleave(multiplier) if channels is not None else None
+    reason = f"its input has a fixed number of channels: {call.place}"
     if channels is not None:
         _groups_follow(state, call, groups, channels)
     if multiplier == 1:
-        reason = f"its input has a fixed number of channels: {call.place}"
-        return state.adopt(weight, 0, read, reason)
+        return state.adopt(weight, 0, channels, reason)
     filters = state.ids_along(weight, 0, call.place)
-    if filters is None:
-        return None
-    if read is None:
-        state.freeze(filters, f"its input has a fixed number of channels: {call.place}")
-    else:
-        state.unify(filters, read, f"a fixed part of the input: {call.place}")
+    if filters is not None:
+        read = None if channels is None else channels.repeat_interleave(multiplier)
+        state.unify(filters, read, reason)
     return filters
 
 
@@ -138,21 +134,19 @@ def _grouped(
     if blocks is not None:
         state.blocks.append(Blocks(blocks.numpy(), call.place))
     if not state.set_grouped_axis(weight, blocks.numpy() if blocks is not None else None):
-        _shared_inputs(state, call, weight, 1, blocks)
+        _shared_inputs(state, call, weight, blocks)
     filters = state.ids_along(weight, 0, call.place)
     if filters is not None:
         state.blocks.append(Blocks(filters.reshape(groups, -1).numpy(), call.place))
     return filters
 
 
-def _shared_inputs(
-    state: Propagation, call: Call, weight: Value, dim: int, blocks: Tensor | None
-) -> None:
+def _shared_inputs(state: Propagation, call: Call, weight: Value, blocks: Tensor | None) -> None:
     """A computed weight has one axis of ids for all groups: the same positions go in each."""
-    own = state.ids_along(weight, dim, call.place)
+    own = state.ids_along(weight, 1, call.place)
     reason = f"its input has a fixed number of channels: {call.place}"
     if own is not None:
-        state.tie(FIXED if blocks is None else blocks, own, reason)
+        state.tie(blocks, own, reason)
     elif blocks is not None:
         state.freeze(blocks, reason)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bevel.graph.layers import Layer, along, widen
-from bevel.graph.ops.movement import join
+from bevel.graph.layers import Layer, widen
+from bevel.graph.ops.movement import repeated
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
@@ -73,7 +73,7 @@ def _meet(state: Propagation, own: Sequence[Sequence[Layer]], place: str) -> lis
                 state.freeze_layer(layer, f"it meets a tensor of fixed size: {place}")
             continue
         for a, b in zip(found, layers, strict=True):
-            join(state, a, b, f"a fixed part meets it: {place}")
+            state.join(a, b, f"a fixed part meets it: {place}")
     if any(layer.virtual for layer in found):
         real = [layers for layers in own if layers and not any(x.virtual for x in layers)]
         return list(max(real, key=_detail) if real else found)
@@ -104,14 +104,7 @@ def constant(state: Propagation, call: Call) -> None:
     output = call.output
     if output.data is not None or len(output.shape) < 2:
         return state.set(output, [])
-    return state.set(
-        output,
-        [
-            along(state.fresh(size), dim, output.shape, virtual=True)
-            for dim, size in enumerate(output.shape)
-            if size > 1
-        ],
-    )
+    return state.set(output, repeated(state, (), output.shape))
 
 
 def like(state: Propagation, call: Call) -> None:
@@ -122,17 +115,11 @@ def like(state: Propagation, call: Call) -> None:
 
 def nothing(state: Propagation, call: Call) -> None:
     """Operators that make new data by position: their outputs carry no ids."""
-    for output in call.outputs:
-        if isinstance(output, Value):
-            state.set(output, [])
+    state.set_outputs(call)
 
 
-def copy_into(state: Propagation, call: Call) -> None:
-    """`x.copy_(y)`: x, or the part of a larger tensor that x is, has the elements of y."""
-    pointwise(state, call)
-
-
-# Pointwise in effect, though torch does not tag them so.
+# Pointwise in effect, though torch does not tag them so. `x.copy_(y)` is: x, or the part of a
+# larger tensor that x is, has the elements of y.
 _POINTWISE = (
     "hardswish", "hardtanh", "relu6", "prelu", "_prelu_kernel", "celu", "softplus", "where",
     "masked_fill", "rrelu_with_noise", "log_sigmoid_forward", "bernoulli", "lerp", "addcmul",
@@ -150,8 +137,7 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": constant for name in _CONSTANT},
     **{f"aten.{name}": like for name in _LIKE},
     **{f"aten.{name}": nothing for name in _NOTHING},
-    "aten.copy_": copy_into,
     "aten.glu": glu,
-    **{f"aten.{name}": like for name in ("fill_", "zero_", "uniform_", "normal_", "fill", "zero",
+    **{f"aten.{name}": like for name in ("uniform_", "normal_", "fill", "zero",
         "bernoulli_", "random_", "exponential_")},
 }  # fmt: skip

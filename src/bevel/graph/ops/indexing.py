@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bevel.graph.layers import Layer, along, settle
+from bevel.graph.layers import Layer, along, settle, widen
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
@@ -70,7 +70,7 @@ def gather(state: Propagation, call: Call) -> None:
         if dim in layer.dims:
             state.freeze_layer(layer, f"indexed by position: {call.place}")
         elif all(x.shape[d] == output.shape[d] for d in layer.dims):
-            layers.append(layer.moved(layer.compact().expand(output.shape), layer.dim))
+            layers.append(widen(layer, output.shape))
         else:
             state.freeze_layer(layer, f"indexed by position: {call.place}")
     spans = []
@@ -91,8 +91,8 @@ def index_select(state: Propagation, call: Call) -> None:
     for layer in state.of(x):
         if dim in layer.dims:
             state.freeze_layer(layer, f"indexed by position: {call.place}")
-            continue
-        layers.append(layer.moved(layer.ids.narrow(dim, 0, 1).expand(output.shape), layer.dim))
+        else:
+            layers.append(widen(layer, output.shape))
     state.set(output, layers)
 
 
@@ -117,14 +117,11 @@ def free(state: Propagation, call: Call) -> None:
     """`nms(boxes, scores)`, `nonzero(x)`, `bincount`: positions of data, without channels."""
     for value in call.inputs():
         state.freeze_value(value, f"read by value: {call.place}")
-    for output in call.outputs:
-        if isinstance(output, Value):
-            state.set(output, [])
+    state.set_outputs(call)
 
 
-_WRITE = ("index_put", "index_put_", "_index_put_impl_", "scatter", "scatter_", "scatter_add",
-    "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_", "masked_scatter",
-    "index_fill", "index_fill_", "scatter_reduce", "put_")  # fmt: skip
+_WRITE = ("index_put", "_index_put_impl", "scatter", "scatter_add", "index_add", "index_copy",
+    "masked_scatter", "index_fill", "scatter_reduce", "put")  # fmt: skip
 _FREE = ("aten.nonzero", "aten.bincount", "aten._unique2", "aten.unique_dim", "torchvision.nms",
     "aten.bucketize", "aten.searchsorted", "aten.histc", "aten.masked_select",
     "aten.unique_consecutive", "aten.isin", "aten.multinomial")  # fmt: skip

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from bevel.graph.layers import FIXED, Layer, along
+from bevel.graph.layers import Layer, along, widen
 from bevel.graph.ops.elementwise import combine
-from bevel.graph.ops.movement import join
 from bevel.graph.propagate import Extent, Handler, Propagation
 from bevel.graph.record import Call, Value
 
@@ -27,7 +24,7 @@ def _vector(state: Propagation, call: Call, a: Value, b: Value) -> None:
     reason = f"its layout is not by channel: {call.place}"
     dim = len(a.shape) - 1
     left, right = state.ids_along(a, dim, reason), state.ids_along(b, 0, reason)
-    _tie(state, call, left, right)
+    state.unify(left, right, f"the other side of the product has a fixed size: {call.place}")
     layers = _others(state, a, dim, reason)
     state.cost(call, math.prod(a.shape), left)
     state.set(call.output, [layer.moved(layer.ids.select(dim, 0), layer.dim) for layer in layers])
@@ -51,10 +48,7 @@ def linear(state: Propagation, call: Call) -> None:
     own = state.ids_along(x, last, reason)
     inner = state.adopt(weight, 1, own, f"its input has a fixed size: {call.place}")
     filters = state.ids_along(weight, 0, call.place)
-    layers = [
-        layer.moved(layer.ids.narrow(last, 0, 1).expand(output.shape), layer.dim)
-        for layer in _others(state, x, last, reason)
-    ]
+    layers = [widen(layer, output.shape) for layer in _others(state, x, last, reason)]
     macs = math.prod(weight.shape) * math.prod(x.shape[:-1])
     state.cost(call, macs, inner, filters, *_outer(state, layers))
     if filters is not None:
@@ -82,7 +76,7 @@ def contract(
     a: (..., M, K), b: (..., K, N).
     """
     row, column = len(shape) - 1, len(shape) - 2  # the contracted dimension of a and of b
-    _contracted(state, call, a, b)
+    contracted(state, call, a, b, (row, column))
     reason = f"its layout is not by channel: {call.place}"
     left, right = (
         [
@@ -110,12 +104,12 @@ def _outer(state: Propagation, layers: Sequence[Layer]) -> list[tuple[Extent, ..
     return [state.extents([layer], layer.dim) for layer in layers if not layer.virtual]
 
 
-def _contracted(state: Propagation, call: Call, a: Value, b: Value) -> None:
-    """The contracted axes of a and b have the same indices, in every matrix of the batch."""
-    row, column = len(a.shape) - 1, len(b.shape) - 2
+def contracted(state: Propagation, call: Call, a: Value, b: Value, dims: tuple[int, int]) -> None:
+    """These two axes are summed over: they have the same indices, in every matrix of the batch."""
     reason = f"the other side of the product has a fixed size: {call.place}"
-    left = [_lifted(state, layer, column, row, reason) for layer in state.on(a, row)]
-    right = [_lifted(state, layer, row, column, reason) for layer in state.on(b, column)]
+    left, right = (
+        _every_row(state, value, dim, reason) for value, dim in zip((a, b), dims, strict=True)
+    )
     if len(left) != len(right):
         for layer in (*left, *right):
             state.freeze_layer(layer, reason)
@@ -124,22 +118,17 @@ def _contracted(state: Propagation, call: Call, a: Value, b: Value) -> None:
         for layer in (*left, *right):
             state.mark_inexact(layer, f"what is left of it is summed: {call.place}")
     for x, y in zip(left, right, strict=True):
-        # Both as (..., K): the other matrix dimension is gone.
-        x = x.moved(x.ids.narrow(column, 0, 1).squeeze(column), column)
-        y = y.moved(y.ids.narrow(row, 0, 1).squeeze(row), column)
-        join(state, x, y, reason)
+        state.join(x, y, reason)
 
 
-def _lifted(state: Propagation, layer: Layer, outer: int, inner: int, reason: str) -> Layer:
-    """Every row of a matrix sums over the same indices."""
-    return state.uniform(layer, outer, reason) if outer != inner else layer
-
-
-def _tie(state: Propagation, call: Call, left: Tensor | None, right: Tensor | None) -> None:
-    if left is None and right is None:
-        return
-    reason = f"the other side of the product has a fixed size: {call.place}"
-    state.unify(FIXED if left is None else left, FIXED if right is None else right, reason)
+def _every_row(state: Propagation, value: Value, dim: int, reason: str) -> list[Layer]:
+    """The layers of one of the last two axes, as (..., K): the same along the other one."""
+    last = len(value.shape) - 1
+    other = last - 1 if dim == last else last
+    return [
+        layer.moved(state.uniform(layer, other, reason).ids.select(other, 0), last - 1)
+        for layer in state.on(value, dim)
+    ]
 
 
 HANDLERS: dict[str, Handler] = {

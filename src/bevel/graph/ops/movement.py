@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bevel.graph.layers import Layer, along, compact, settle, widen
+from bevel.graph.layers import Layer, along, settle, widen
 from bevel.graph.ops.views import reshape
 from bevel.graph.propagate import (
     Blocks,
@@ -40,7 +39,7 @@ def _order(call: Call, ndim: int) -> list[int]:
         return [int(dim) % ndim for dim in call.argument(1, "dims")]
     order = list(range(ndim))
     if ndim > 1:
-        a, b = (0, 1) if call.name == "aten.t" else call.arguments[1:3]
+        a, b = call.arguments[1:3] or (0, 1)
         order[a], order[b] = order[b], order[a]
     return order
 
@@ -118,52 +117,6 @@ def _split_rows(state: Propagation, layer: Layer, sizes: Sequence[int], place: s
     state.blocks += [Blocks(piece.numpy(), place, whole=True) for piece in groups]
 
 
-def stack(state: Propagation, call: Call) -> None:
-    """`stack(tensors, dim)`: a new axis, whose indices have positions."""
-    parts, output = call.arguments[0], call.output
-    dim = int(call.argument(1, "dim", 0)) % len(output.shape)
-    operands = []
-    for value in parts:
-        shape = (*value.shape[:dim], 1, *value.shape[dim:])
-        layers = reshape(state, call.place, state.of(value), value.shape, shape)
-        operands.append((shape, layers))
-    wide = elementwise_join(state, operands, output.shape, dim, call.place)
-    state.set(output, wide)
-
-
-def elementwise_join(
-    state: Propagation,
-    operands: Sequence[tuple[tuple[int, ...], Sequence[Layer]]],
-    shape: tuple[int, ...],
-    dim: int,
-    place: str,
-) -> list[Layer]:
-    """Layers of tensors behind each other along `dim`, where each has length 1.
-
-    Their other axes stay separate where all have layers alike: they vary along `dim` then.
-    """
-    result = []
-    for other in range(len(shape)):
-        if other == dim:
-            continue
-        own = [[x for x in layers if x.dim == other] for _, layers in operands]
-        if not any(own):
-            continue
-        counts = {len(layers) for layers in own}
-        dims = {x.dims for layers in own for x in layers}
-        if counts != {1} or len(dims) != 1:
-            for layer in (x for layers in own for x in layers):
-                state.freeze_layer(layer, f"it is joined with a tensor of fixed size: {place}")
-            continue
-        ids = settle(torch.cat([layers[0].compact() for layers in own], dim))
-        layer = own[0][0].moved(ids.expand(shape), other)
-        if dim in layer.dims:
-            rows = layer.compact().movedim(other, -1)
-            state.blocks.append(Blocks(rows.reshape(-1, rows.shape[-1]).numpy(), place))
-        result.append(layer)
-    return result
-
-
 def select(state: Propagation, call: Call) -> None:
     """`select(x, dim, index)`, `unbind(x, dim)`: the axis goes, its indices have positions."""
     source = call.inputs()[0]
@@ -186,11 +139,7 @@ def expand(state: Propagation, call: Call) -> None:
     """`expand(x, sizes)`: what was one element can have any length."""
     source, output = call.inputs()[0], call.output
     layers = [widen(layer, output.shape) for layer in state.of(source)]
-    offset = len(output.shape) - len(source.shape)
-    for dim, size in enumerate(output.shape):
-        if size > 1 and (dim < offset or source.shape[dim - offset] == 1):
-            layers.append(along(state.fresh(size), dim, output.shape, virtual=True))
-    state.set(output, layers)
+    state.set(output, [*layers, *repeated(state, source.shape, output.shape)])
 
 
 def repeat(state: Propagation, call: Call) -> None:
@@ -198,29 +147,32 @@ def repeat(state: Propagation, call: Call) -> None:
     source, output = call.inputs()[0], call.output
     times = [int(n) for n in call.argument(1, "repeats")]
     offset = len(times) - len(source.shape)
-    layers = []
-    for layer in state.of(source):
-        layers.append(layer.moved(settle(layer.ids.repeat(times)), layer.dim + offset))
-    for dim, size in enumerate(output.shape):
-        if size > 1 and (dim < offset or source.shape[dim - offset] == 1):
-            layers.append(along(state.fresh(size), dim, output.shape, virtual=True))
-    state.set(output, layers)
+    layers = [
+        layer.moved(settle(layer.ids.repeat(times)), layer.dim + offset)
+        for layer in state.of(source)
+    ]
+    state.set(output, [*layers, *repeated(state, source.shape, output.shape)])
+
+
+def repeated(state: Propagation, before: tuple[int, ...], after: tuple[int, ...]) -> list[Layer]:
+    """Layers of the axes along which a tensor of shape `before` has one element, `after` more."""
+    offset = len(after) - len(before)
+    return [
+        along(state.fresh(size), dim, after, virtual=True)
+        for dim, size in enumerate(after)
+        if size > 1 and (dim < offset or before[dim - offset] == 1)
+    ]
 
 
 def flip(state: Propagation, call: Call) -> None:
     """`flip(x, dims)`: the same indices backwards."""
-    dims = [int(dim) for dim in call.argument(1, "dims")]
-    layers = [
-        layer.moved(settle(layer.ids.flip(dims)), layer.dim)
-        if set(_positive(dims, layer)) & set(layer.dims)
-        else layer
-        for layer in state.of(call.inputs()[0])
-    ]
+    source = call.inputs()[0]
+    dims = {int(dim) % len(source.shape) for dim in call.argument(1, "dims")}
+    layers = []
+    for layer in state.of(source):
+        turned = [dim for dim in layer.dims if dim in dims]
+        layers.append(layer.moved(settle(layer.ids.flip(turned)), layer.dim) if turned else layer)
     state.set(call.output, layers)
-
-
-def _positive(dims: Sequence[int], layer: Layer) -> list[int]:
-    return [dim % layer.ids.ndim for dim in dims]
 
 
 def roll(state: Propagation, call: Call) -> None:
@@ -247,85 +199,6 @@ def unfold_dim(state: Propagation, call: Call) -> None:
         ids = layer.ids.narrow(dim, 0, 1).unsqueeze(-1).expand(output.shape)
         layers.append(layer.moved(ids, layer.dim))
     state.set(output, layers)
-
-
-def cat(state: Propagation, call: Call) -> None:
-    """`cat(tensors, dim)`: ids follow their tensors; a tensor without ids adds fixed elements."""
-    parts = [value for value in call.arguments[0] if 0 not in value.shape]
-    output = call.output
-    if not parts:
-        return state.set(output, [])
-    dim = int(call.argument(1, "dim", 0)) % len(output.shape)
-    layers = [*_joined(state, call, parts, dim, output)]
-    for other in range(len(output.shape)):
-        if other != dim:
-            layers += _across(state, call, parts, dim, other, output)
-    return state.set(output, layers)
-
-
-def _joined(
-    state: Propagation, call: Call, parts: Sequence[Value], dim: int, output: Value
-) -> list[Layer]:
-    """The layer of the axis along which tensors are joined."""
-    own = [[layer for layer in state.of(value) if layer.dim == dim] for value in parts]
-    if not any(own):
-        return []
-    reason = f"its layout is not by channel: {call.place}"
-    pieces: list[Tensor] = []
-    for value, layers in zip(parts, own, strict=True):
-        if all(len(other) <= 1 for other in own) and len(layers) == 1:
-            pieces.append(layers[0].compact())
-            continue
-        for layer in layers:
-            state.freeze_layer(layer, reason)
-        pieces.append(
-            torch.zeros(
-                [value.shape[d] if d == dim else 1 for d in range(len(value.shape))],
-                dtype=torch.long,
-            )
-        )
-    sizes = [max(p.shape[d] for p in pieces) for d in range(len(output.shape))]
-    wide = [
-        piece.expand([piece.shape[d] if d == dim else n for d, n in enumerate(sizes)])
-        for piece in pieces
-    ]
-    return [Layer(settle(torch.cat(wide, dim)).expand(output.shape), dim)]
-
-
-def _across(
-    state: Propagation, call: Call, parts: Sequence[Value], dim: int, other: int, output: Value
-) -> list[Layer]:
-    """The layers of an axis that all tensors share."""
-    own = [[layer for layer in state.of(value) if layer.dim == other] for value in parts]
-    found = max(own, key=lambda layers: (len(layers), *(len(x.dims) for x in layers)))
-    if not found:
-        return []
-    result = []
-    for position, layer in enumerate(found):
-        layer = state.uniform(layer, dim, f"joined with others: {call.place}")
-        for value, layers in zip(parts, own, strict=True):
-            if len(layers) <= position:
-                if value.shape[other] > 1:
-                    state.freeze_layer(
-                        layer, f"it is joined with a tensor of fixed size: {call.place}"
-                    )
-                continue
-            partner = state.uniform(layers[position], dim, f"joined with others: {call.place}")
-            join(state, layer, partner, f"a fixed part: {call.place}")
-        ids = layer.ids.narrow(dim, 0, 1).expand(output.shape)
-        result.append(layer.moved(ids, other))
-    return result
-
-
-def join(state: Propagation, a: Layer, b: Layer, reason: str) -> None:
-    """Make two layers of the same axis one: unified where they vary alike, tied where not."""
-    if a is b:
-        return
-    left, right = compact(a.ids, a.dims), compact(b.ids, b.dims)
-    if a.dims == b.dims:
-        state.unify(left, right, reason)
-    else:
-        state.tie(left, right, reason)
 
 
 def pad(state: Propagation, call: Call) -> None:
@@ -372,9 +245,9 @@ def _amounts(amounts: list[int], dim: int, ndim: int) -> tuple[int, int]:
 
 
 def as_strided(state: Propagation, call: Call) -> None:
-    """`as_strided(x, size, stride)`: only where it changes nothing, or views as blocks do."""
+    """`as_strided(x, size, stride)`: only where it changes nothing."""
     source, output = call.inputs()[0], call.output
-    if math.prod(source.shape) == math.prod(output.shape) and source.shape == output.shape:
+    if source.shape == output.shape:
         return state.set(output, state.of(source))
     state.freeze_value(source, f"read by strides: {call.place}")
     return state.set(output, [])
@@ -413,7 +286,7 @@ def channel_shuffle(state: Propagation, call: Call) -> None:
 
 _SAME = (
     "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "dropout",
-    "native_dropout", "lift_fresh_copy", "detach_", "positive", "resolve_conj", "resolve_neg",
+    "native_dropout", "lift_fresh_copy", "positive", "resolve_conj", "resolve_neg",
     "pin_memory", "nan_to_num", "channel_dropout",
 )  # fmt: skip
 
@@ -424,7 +297,7 @@ FRAME_HANDLERS: dict[Callable[..., Any], FrameHandler] = {
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": same for name in _SAME},
-    **{f"aten.{name}": permute for name in ("permute", "transpose", "transpose_", "t", "t_")},
+    **{f"aten.{name}": permute for name in ("permute", "transpose", "t")},
     **{f"aten.{name}": split for name in ("split", "split_with_sizes", "chunk")},
     "aten.slice": slice_,
     "aten.select": select,
@@ -434,8 +307,6 @@ HANDLERS: dict[str, Handler] = {
     "aten.flip": flip,
     "aten.roll": roll,
     "aten.unfold": unfold_dim,
-    "aten.cat": cat,
-    "aten.stack": stack,
     "aten.constant_pad_nd": pad,
     "aten.as_strided": as_strided,
     "aten.channel_shuffle": channel_shuffle,

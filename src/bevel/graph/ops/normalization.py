@@ -28,15 +28,10 @@ def batch_norm(state: Propagation, call: Call) -> None:
         if isinstance(value, Value):
             state.adopt(value, 0, channels, f"its input has a fixed size: {call.place}")
     layers = state.of(x)
-    if any(layer.dim != 1 for layer in layers) and not isinstance(call.arguments[3], Value):
-        averaged(state, call, [layer for layer in layers if layer.dim != 1])
-    state.set(call.output, layers)
-
-
-def averaged(state: Propagation, call: Call, layers: Sequence[Layer]) -> None:
-    """These axes are averaged over: what goes changes the rest."""
     for layer in layers:
-        state.mark_inexact(layer, f"a statistic across it: {call.place}")
+        if layer.dim != 1 and not isinstance(call.arguments[3], Value):
+            state.mark_inexact(layer, f"a statistic across it: {call.place}")
+    state.set(call.output, layers)
 
 
 def layer_norm(state: Propagation, call: Call) -> None:
@@ -73,14 +68,7 @@ def _over_last(
     elif affine:
         operands = [(x.shape, layers), *((value.shape, state.of(value)) for value in affine)]
         layers = combine(state, operands, x.shape, call.place)
-    _set_all(state, call, layers)
-
-
-def _set_all(state: Propagation, call: Call, layers: Sequence[Layer]) -> None:
-    """The first output is normalised; the others are statistics, which only training uses."""
-    for position, output in enumerate(call.outputs):
-        if isinstance(output, Value):
-            state.set(output, layers if position == 0 else [])
+    state.set_outputs(call, layers)
 
 
 def group_norm(state: Propagation, call: Call) -> None:
@@ -99,7 +87,7 @@ def group_norm(state: Propagation, call: Call) -> None:
             state.freeze_layer(layer, f"a statistic across it: {call.place}")
     if channels is not None and groups > 1:
         state.blocks.append(Blocks(channels.reshape(groups, -1).numpy(), call.place))
-    _set_all(state, call, state.of(x))
+    state.set_outputs(call, state.of(x))
 
 
 def weight_norm(state: Propagation, call: Call) -> None:
@@ -107,7 +95,7 @@ def weight_norm(state: Propagation, call: Call) -> None:
     v, g = call.arguments[:2]
     output = call.output
     operands = [(v.shape, state.of(v)), (g.shape, state.of(g))]
-    _set_all(state, call, combine(state, operands, output.shape, call.place))
+    state.set_outputs(call, combine(state, operands, output.shape, call.place))
 
 
 HANDLERS: dict[str, Handler] = {

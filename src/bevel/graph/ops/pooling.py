@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from bevel.graph.layers import Layer, along
+from torch import Tensor
+
+from bevel.graph.layers import Layer, along, widen
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
@@ -14,89 +16,87 @@ def pool(state: Propagation, call: Call) -> None:
     x = call.arguments[0]
     for output in call.outputs:
         if isinstance(output, Value):
-            state.set(output, _resized(state, call, state.of(x), x, output))
+            state.set(output, _resized(state, call, x, output))
 
 
-def _resized(
-    state: Propagation, call: Call, layers: list[Layer], x: Value, output: Value
-) -> list[Layer]:
+def _resized(state: Propagation, call: Call, x: Value, output: Value) -> list[Layer]:
     """The layers at the output's positions; positions that are pooled must not shrink."""
     result = []
-    same = len(x.shape) - len(output.shape) == 0
     # Every kernel works on the last dimensions; what is before them passes through.
-    first = next(
-        (d for d in range(len(output.shape)) if not same or x.shape[d] != output.shape[d]),
-        len(output.shape),
-    )
-    first = min(first, 2)
-    for layer in layers:
+    first = 0
+    while first < 2 and x.shape[: first + 1] == output.shape[: first + 1]:
+        first += 1
+    for layer in state.of(x):
         if layer.dim >= first:
             state.freeze_layer(layer, f"it varies over pooled positions: {call.place}")
             continue
         for dim in layer.dims:
             if dim >= first:
                 layer = state.uniform(layer, dim, f"it is pooled over: {call.place}")
-        ids = layer.compact().expand(output.shape)
-        result.append(layer.moved(ids, layer.dim))
+        result.append(widen(layer, output.shape))
     return result
 
 
 def by_channel(state: Propagation, call: Call) -> None:
     """`grid_sampler(x, grid)`, `roi_align(x, boxes)`: channels of x at other positions."""
-    x, output = call.arguments[0], call.output
     for value in call.inputs()[1:]:
         state.freeze_value(value, f"positions to sample at: {call.place}")
-    channels = state.ids_along(x, 1, f"its layout is not by channel: {call.place}")
+    _set_channels(state, call, 1, _channels(state, call, 1))
+
+
+def _channels(state: Propagation, call: Call, dim: int) -> Tensor | None:
+    """The ids of the first input's channels; its other axes must not shrink."""
+    x = call.arguments[0]
+    channels = state.ids_along(x, dim, f"its layout is not by channel: {call.place}")
     for layer in state.of(x):
-        if layer.dim != 1:
-            state.freeze_layer(layer, f"it is sampled: {call.place}")
-    state.set(output, [] if channels is None else [along(channels, 1, output.shape)])
+        if layer.dim != dim:
+            state.freeze_layer(layer, f"it varies over positions: {call.place}")
+    return channels
+
+
+def _set_channels(state: Propagation, call: Call, dim: int, channels: Tensor | None) -> None:
+    """Only the channels of the output can shrink."""
+    shape = call.output.shape
+    state.set(call.output, [] if channels is None else [along(channels, dim, shape)])
 
 
 def windows(state: Propagation, call: Call) -> None:
     """`im2col(x, kernel, ...)`: (N, C, H, W) -> (N, C * kernel, positions)."""
-    x, output = call.arguments[0], call.output
-    area = math.prod(int(k) for k in call.arguments[1])
-    channels = state.ids_along(x, 1, f"its layout is not by channel: {call.place}")
-    ids = None if channels is None else channels.repeat_interleave(area)
-    state.set(output, [] if ids is None else [along(ids, 1, output.shape)])
-
-
-def unwindow(state: Propagation, call: Call) -> None:
-    """`col2im(x, size, kernel, ...)`: the window's positions of a channel go together."""
-    x, output = call.arguments[0], call.output
-    area = math.prod(int(k) for k in call.arguments[2])
-    ids = state.ids_along(x, 1, f"its layout is not by channel: {call.place}")
-    if ids is None:
-        return state.set(output, [])
-    runs = ids.reshape(-1, area)
-    state.tie(runs, runs[:, :1], call.place)
-    nodes = state.node_ids(runs, len(runs))
-    state.freeze(runs, f"a part of a window: {call.place}", level=True)
-    return state.set(output, [along(nodes, 1, output.shape)])
-
-
-def pixel_shuffle(state: Propagation, call: Call) -> None:
-    """`pixel_shuffle(x, r)`: (N, C r r, H, W) -> (N, C, H r, W r): r r channels go together."""
-    x, output = call.arguments[0], call.output
-    area = int(call.arguments[1]) ** 2
-    dim = len(x.shape) - 3
-    ids = state.ids_along(x, dim, f"its layout is not by channel: {call.place}")
-    if ids is None:
-        return state.set(output, [])
-    runs = ids.reshape(-1, area)
-    state.freeze(runs, f"a part of a pixel: {call.place}", level=True)
-    return state.set(output, [along(state.node_ids(runs, len(runs)), dim, output.shape)])
+    _spread(state, call, math.prod(int(k) for k in call.arguments[1]))
 
 
 def pixel_unshuffle(state: Propagation, call: Call) -> None:
     """`pixel_unshuffle(x, r)`: (N, C, H r, W r) -> (N, C r r, H, W)."""
-    x, output = call.arguments[0], call.output
-    area = int(call.arguments[1]) ** 2
-    dim = len(x.shape) - 3
-    ids = state.ids_along(x, dim, f"its layout is not by channel: {call.place}")
-    layers = [] if ids is None else [along(ids.repeat_interleave(area), dim, output.shape)]
-    state.set(output, layers)
+    _spread(state, call, int(call.arguments[1]) ** 2)
+
+
+def _spread(state: Propagation, call: Call, area: int) -> None:
+    """Positions become channels: `area` of them, behind each other, are one of x (..., C, H, W)."""
+    dim = len(call.arguments[0].shape) - 3
+    channels = _channels(state, call, dim)
+    spread = None if channels is None else channels.repeat_interleave(area)
+    _set_channels(state, call, dim, spread)
+
+
+def unwindow(state: Propagation, call: Call) -> None:
+    """`col2im(x, size, kernel, ...)`: (N, C * kernel, positions) -> (N, C, H, W)."""
+    _gathered(state, call, math.prod(int(k) for k in call.arguments[2]), "a part of a window")
+
+
+def pixel_shuffle(state: Propagation, call: Call) -> None:
+    """`pixel_shuffle(x, r)`: (N, C r r, H, W) -> (N, C, H r, W r)."""
+    _gathered(state, call, int(call.arguments[1]) ** 2, "a part of a pixel")
+
+
+def _gathered(state: Propagation, call: Call, area: int, part: str) -> None:
+    """Channels become positions: `area` of them, behind each other, go together."""
+    dim = len(call.output.shape) - 3
+    channels = _channels(state, call, dim)
+    if channels is not None:
+        runs = channels.reshape(-1, area)
+        state.freeze(runs, f"{part}: {call.place}", level=True)
+        channels = state.node_ids(runs, len(runs))
+    _set_channels(state, call, dim, channels)
 
 
 def average(state: Propagation, call: Call) -> None:
@@ -115,14 +115,14 @@ def average(state: Propagation, call: Call) -> None:
         elif layer.dim == dim or dim in layer.dims:
             state.freeze_layer(layer, f"it varies over pooled positions: {call.place}")
         else:
-            layers.append(layer.moved(layer.compact().expand(output.shape), layer.dim))
+            layers.append(widen(layer, output.shape))
     return state.set(output, layers)
 
 
 _POOL = (
     "max_pool1d", "max_pool2d", "max_pool3d",
     "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool1d",
+    "avg_pool1d", "adaptive_max_pool1d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_max_pool2d", "adaptive_max_pool3d",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from bevel.graph.layers import along
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
-
-GATES = {0: 1, 1: 1, 2: 4, 3: 3}
-"""Blocks of rows in a weight, by torch's number of the cell: ReLU, tanh, LSTM, GRU."""
 
 
 def recurrent(state: Propagation, call: Call) -> None:
@@ -35,23 +30,15 @@ def recurrent(state: Propagation, call: Call) -> None:
     ):  # fmt: skip
         if isinstance(value, Value):
             state.adopt(value, dim, ids, call.place)
-    for value in (hidden, cell):
-        _initial(state, call, value, units)
+    for value in (hidden, cell):  # the first state: zeros of any size, or given from outside
+        first = state.ids_along(value, len(value.shape) - 1, call.place)
+        state.unify(units, first, f"the first state has a fixed size: {call.place}")
     steps = x.shape[0] * x.shape[1]
     state.cost(call, float(steps * gates * size * x.shape[-1]), units, inputs)
     state.cost(call, float(steps * gates * size * size), units, units)
     for output in call.outputs:
         if isinstance(output, Value) and output.shape and output.shape[-1] == size:
             state.set(output, [along(units, len(output.shape) - 1, output.shape)])
-
-
-def _initial(state: Propagation, call: Call, value: Value, units: Tensor) -> None:
-    """The first state: zeros of any size, or given from outside."""
-    own = state.ids_along(value, len(value.shape) - 1, call.place)
-    if own is None:
-        state.freeze(units, f"the first state has a fixed size: {call.place}")
-    else:
-        state.unify(units, own, f"the first state has a fixed size: {call.place}")
 
 
 HANDLERS: dict[str, Handler] = {"aten.mkldnn_rnn_layer": recurrent}

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from bevel.graph.layers import Layer, settle
+from collections.abc import Callable
+
+from bevel.graph.layers import Layer, widen
 from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
 
 def reduce(state: Propagation, call: Call) -> None:
     """`reduce(x, dims, keepdim)`: a mean over channels changes with the channels."""
-    x = call.arguments[0]
-    dims = _dims(call, len(x.shape))
-    for layer in state.of(x):
-        if layer.dim in dims:
-            state.mark_inexact(layer, f"a statistic across it: {call.place}")
-    _reduced(state, call, dims)
+    _reduced(state, call, state.mark_inexact, "a statistic across it")
 
 
 def positional(state: Propagation, call: Call) -> None:
     """`argmax(x, dim)` and `prod`: the result is a position, or has no meaning with fewer."""
+    _reduced(state, call, state.freeze_layer, "it is reduced over")
+
+
+def _reduced(state: Propagation, call: Call, say: Callable[[Layer, str], None], what: str) -> None:
+    """Say what there is to say of the axes that go; the others stay."""
     x = call.arguments[0]
     dims = _dims(call, len(x.shape))
     for layer in state.of(x):
         if layer.dim in dims:
-            state.freeze_layer(layer, f"it is reduced over: {call.place}")
-    _reduced(state, call, dims)
-
-
-def _reduced(state: Propagation, call: Call, dims: tuple[int, ...]) -> None:
-    x = call.arguments[0]
+            say(layer, f"{what}: {call.place}")
     for output in call.outputs:
         if not isinstance(output, Value):
             continue
@@ -48,25 +45,25 @@ def _reduced(state: Propagation, call: Call, dims: tuple[int, ...]) -> None:
         state.set(output, layers)
 
 
-def over_axis(state: Propagation, call: Call) -> None:
-    """`softmax(x, dim)` and the like: every element sees the whole axis, the shape stays."""
-    x = call.arguments[0]
-    dim = int(call.argument(1, "dim", -1)) % max(len(x.shape), 1)
-    for layer in state.of(x):
-        if layer.dim == dim:
-            state.freeze_layer(layer, f"it is normalised over: {call.place}")
-    for output in call.outputs:
-        if isinstance(output, Value):
-            state.set(output, state.of(x) if output.shape == x.shape else [])
-
-
 def softmax(state: Propagation, call: Call) -> None:
     """`softmax(x, dim)`: what goes leaves more for the rest."""
+    _over_axis(state, call, state.mark_inexact, "a statistic across it")
+
+
+def cumulative(state: Propagation, call: Call) -> None:
+    """`cumsum(x, dim)`: every element depends on all before it."""
+    _over_axis(state, call, state.freeze_layer, "it is accumulated over")
+
+
+def _over_axis(
+    state: Propagation, call: Call, say: Callable[[Layer, str], None], what: str
+) -> None:
+    """Every element sees the whole axis, the shape stays."""
     x = call.arguments[0]
     dim = int(call.argument(1, "dim", -1)) % max(len(x.shape), 1)
     for layer in state.of(x):
         if layer.dim == dim:
-            state.mark_inexact(layer, f"a statistic across it: {call.place}")
+            say(layer, f"{what}: {call.place}")
     state.set(call.output, state.of(x))
 
 
@@ -82,18 +79,9 @@ def ranked(state: Propagation, call: Call) -> None:
             state.freeze_layer(layer, f"it is sorted: {call.place}")
     for output in call.outputs:
         if isinstance(output, Value):
-            state.set(output, _kept(state.of(x), x, output, dim))
-
-
-def _kept(layers: list[Layer], x: Value, output: Value, dim: int) -> list[Layer]:
-    """The layers of the other axes at the output's length along `dim`."""
-    if len(output.shape) != len(x.shape):
-        return []
-    return [
-        layer.moved(settle(layer.ids.narrow(dim, 0, 1).expand(output.shape)), layer.dim)
-        for layer in layers
-        if dim not in layer.dims
-    ]
+            passed = [layer for layer in state.of(x) if dim not in layer.dims]
+            kept = len(output.shape) == len(x.shape)
+            state.set(output, [widen(layer, output.shape) for layer in passed] if kept else [])
 
 
 def _dims(call: Call, ndim: int) -> tuple[int, ...]:
@@ -111,12 +99,12 @@ _REDUCE = ("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean",
 _POSITIONAL = ("argmax", "argmin", "prod", "any", "all", "max", "min", "median", "mode",
     "count_nonzero")  # fmt: skip
 _SOFTMAX = ("_softmax", "_log_softmax", "softmax", "_safe_softmax")
-_OVER_AXIS = ("cumsum", "cumprod", "logcumsumexp")
+_CUMULATIVE = ("cumsum", "cumprod", "logcumsumexp")
 
 HANDLERS: dict[str, Handler] = {
     **{f"aten.{name}": reduce for name in _REDUCE},
     **{f"aten.{name}": positional for name in _POSITIONAL},
     **{f"aten.{name}": softmax for name in _SOFTMAX},
-    **{f"aten.{name}": over_axis for name in _OVER_AXIS},
+    **{f"aten.{name}": cumulative for name in _CUMULATIVE},
     **{f"aten.{name}": ranked for name in ("topk", "sort", "argsort", "kthvalue", "msort")},
 }

@@ -16,8 +16,8 @@ from bevel.graph.layers import Layer, settle
 from bevel.graph.propagate import Blocks, Handler, Propagation
 from bevel.graph.record import Call
 
-MOST_LAYERS = 3
-"""Independent axes that a merged one may stand for."""
+MOST_LAYERS = 4
+"""Independent axes that a merged one may stand for: the kernel of a 2-d convolution has four."""
 
 
 def view(state: Propagation, call: Call) -> None:
@@ -206,7 +206,7 @@ def _outer(state: Propagation, place: str, leaf: Layer, outer: Sequence[int]) ->
 HANDLERS: dict[str, Handler] = {
     f"aten.{name}": view
     for name in (
-        "view", "_unsafe_view", "reshape", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_",
-        "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as",
+        "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten",
+        "_reshape_alias", "view_as", "reshape_as",
     )
 }  # fmt: skip

@@ -187,7 +187,8 @@ class Problem:
         if name == "channels":
             return float(units.sum() / max(self._sizes.sum(), 1))
         if name not in self._costs:
-            self._costs[name] = _Cost(Total(getattr(self.analysis, name)), self._shares)
+            macs, params = self.analysis.totals
+            self._costs[name] = _Cost(macs if name == "macs" else params, self._shares)
         shares = self._shares.copy()
         shares[self._indices] = units / self._sizes
         return self._costs[name].fraction(shares)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Set
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-PIECE = 1 << 16
+PIECE = 1 << 17
 """Weights that are looked at in one go: they stay in the processor's cache."""
 
 ANY_WEIGHT = ({"filter", "input"}, {"norm"}, {"other", "bias"})
@@ -40,19 +40,27 @@ class Criterion(Protocol):
         """One score per row, low for what can go: `weight` without the dimensions `over`."""
 
 
+def norms(weight: Tensor, over: tuple[int, ...], order: Literal[1, 2]) -> Tensor:
+    """L1 or L2 norm over these dimensions (at least one), float64."""
+    last = tuple(range(weight.ndim - len(over), weight.ndim))
+    if over == last and weight.is_contiguous() and weight.element_size() >= 4:
+        norm: Tensor = torch.linalg.vector_norm(weight, order, over)  # makes no copy along rows
+        return norm.double()
+    return sums(weight, over, torch.abs) if order == 1 else sums(weight, over, torch.square).sqrt()
+
+
 def sums(weight: Tensor, over: tuple[int, ...], element: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum of `element(weight)` over these dimensions (at least one), float64.
 
     Goes through the weight in pieces, so that no copy of it is made.
     """
-    row = max(weight[:1].numel(), 1)
     pieces = (
         element(piece if piece.element_size() >= 4 else piece.float())
-        for piece in weight.split(max(PIECE // row, 1))
+        for piece in weight.split(max(PIECE // max(weight[:1].numel(), 1), 1))
     )
     if 0 not in over:
         return torch.cat([piece.sum(over).double() for piece in pieces])
-    total = torch.zeros(weight.shape[1:], dtype=torch.float64, device=weight.device)
+    total = next(pieces).sum(0).double()
     for piece in pieces:
         total += piece.sum(0)
     rest = tuple(dim - 1 for dim in over if dim > 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bevel.pruning.criteria import ANY_WEIGHT, sums
+from bevel.pruning.criteria import ANY_WEIGHT, norms
 
 COMPARABLE = False
 ROLES = ANY_WEIGHT
@@ -18,4 +18,4 @@ ROLES = ANY_WEIGHT
 
 def score(weight: Tensor, over: tuple[int, ...], generator: torch.Generator) -> Tensor:  # noqa: ARG001
     """L2 norm of each row."""
-    return sums(weight, over, torch.square).sqrt()
+    return norms(weight, over, 2)

@@ -1,0 +1,110 @@
+"""Cuts to rehearse: which amounts of which groups tell one size from another."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from bevel.graph.grouping import ChannelGroup, Grouping
+
+
+def trials(grouping: Grouping, *, many: bool) -> Iterator[dict[int, np.ndarray]]:
+    """Masks that cut the groups that can shrink, so that the cuts can be told from each other.
+
+    If the first cut leaves each group a length that no other length equals, what the code does
+    with it is seen in one rehearsal. Otherwise sizes may agree by chance, and a second cut is
+    random. With `many`, or if lengths agree within one module, each two groups of one length
+    differ in one more cut at least.
+    """
+    lengths = {
+        number: _rows(group).shape[1]
+        for number, group in enumerate(grouping.groups)
+        if group.frozen is None and _rows(group).shape[1] > 1
+    }
+    generator = np.random.default_rng(0)
+    counts, distinct, apart = _distinct(grouping, lengths)
+    cuts = [counts]
+    if many or not distinct:
+        cuts.append({number: int(generator.integers(n)) for number, n in lengths.items()})
+    if many or not apart:
+        cuts += _told_apart(lengths)
+    for counts in cuts:
+        keep = _cut(grouping, counts, generator)
+        if keep:
+            yield keep
+
+
+def _distinct(grouping: Grouping, lengths: Mapping[int, int]) -> tuple[dict[int, int], bool, bool]:
+    """Per group, how many go: what is left differs from all else, as far as it can.
+
+    And whether it does, and whether it does within each module at least.
+    """
+    counts: dict[int, int] = {}
+    everywhere = {_rows(group).shape[1] for group in grouping.groups}
+    inside: defaultdict[str, set[int]] = defaultdict(set)
+    distinct = apart = True
+    for number, length in lengths.items():
+        homes = _homes(grouping.groups[number])
+        near = {left for home in homes for left in inside[home]} | {length}
+        usual = 1 + number % max(length // 2, 1)
+        order = [*range(length - usual, 0, -1), *range(length - 1, length - usual, -1)]
+        left = next((n for n in order if n not in everywhere), None)
+        if left is None:
+            distinct = False
+            left = next((n for n in order if n not in near), None)
+        if left is None:
+            apart = False
+            left = length - usual
+        counts[number] = length - left
+        everywhere.add(left)
+        for home in homes:
+            inside[home].add(left)
+    return counts, distinct, apart
+
+
+def _homes(group: ChannelGroup) -> set[str]:
+    """The modules that hold the group's parameters, and those around these."""
+    owners = {axis.tensor.rpartition(".")[0] for axis in group.axes}
+    return owners | {owner.rpartition(".")[0] for owner in owners if "." in owner}
+
+
+def _told_apart(lengths: Mapping[int, int]) -> list[dict[int, int]]:
+    """Cuts by much or not at all, by each bit of a group's rank among those of its length.
+
+    And by its complement: a size that is too large shows in another way than one too small.
+    """
+    seen: Counter[int] = Counter()
+    ranks = {}
+    for number, length in lengths.items():
+        ranks[number] = seen[length]
+        seen[length] += 1
+    bits = (max(seen.values(), default=1) - 1).bit_length()
+    return [
+        {
+            number: (lengths[number] - 1) * ((rank >> bit & 1) == value)
+            for number, rank in ranks.items()
+        }
+        for bit in range(bits)
+        for value in (0, 1)
+    ]
+
+
+def _rows(group: ChannelGroup) -> np.ndarray:
+    """(blocks, n): unit positions, of which every block keeps equally many."""
+    return group.blocks if group.blocks is not None else np.arange(group.size)[None]
+
+
+def _cut(
+    grouping: Grouping, counts: Mapping[int, int], generator: np.random.Generator
+) -> dict[int, np.ndarray]:
+    """Masks that drop so many random units of each block."""
+    keep = {}
+    for number, count in counts.items():
+        if count:
+            group = grouping.groups[number]
+            keep[number] = np.ones(group.size, dtype=bool)
+            for row in _rows(group):
+                keep[number][generator.permutation(row)[:count]] = False
+    return keep
