@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,8 +15,8 @@ def trials(grouping: Grouping, *, many: bool) -> Iterator[dict[int, np.ndarray]]
 
     If the first cut leaves each group a length that no other length equals, what the code does
     with it is seen in one rehearsal. Otherwise sizes may agree by chance, and a second cut is
-    random. With `many`, or if lengths agree within one module, each two groups of one length
-    differ in one more cut at least.
+    random. With `many`, or if lengths agree within one module, each two groups differ in one more
+    cut at least.
     """
     lengths = {
         number: _rows(group).shape[1]
@@ -47,12 +47,16 @@ def _distinct(grouping: Grouping, lengths: Mapping[int, int]) -> tuple[dict[int,
     distinct = apart = True
     for number, length in lengths.items():
         homes = _homes(grouping.groups[number])
-        near = {left for home in homes for left in inside[home]} | {length}
+        near = {left for home in homes for left in inside[home]}
+        # Half of two lengths that differ by one is the smaller of them: two is better.
+        around = {left + by for left in near for by in (-1, 0, 1)}
         usual = 1 + number % max(length // 2, 1)
         order = [*range(length - usual, 0, -1), *range(length - 1, length - usual, -1)]
-        left = next((n for n in order if n not in everywhere), None)
+        left = next((n for n in order if n not in everywhere and n not in around), None)
         if left is None:
             distinct = False
+            left = next((n for n in order if n not in around), None)
+        if left is None:
             left = next((n for n in order if n not in near), None)
         if left is None:
             apart = False
@@ -71,20 +75,16 @@ def _homes(group: ChannelGroup) -> set[str]:
 
 
 def _told_apart(lengths: Mapping[int, int]) -> list[dict[int, int]]:
-    """Cuts by much or not at all, by each bit of a group's rank among those of its length.
+    """Cuts by much or not at all, by each bit of a group's rank, and by its complement.
 
-    And by its complement: a size that is too large shows in another way than one too small.
+    Any two groups differ in one of them, and a size that is too large shows in another way than one
+    that is too small.
     """
-    seen: Counter[int] = Counter()
-    ranks = {}
-    for number, length in lengths.items():
-        ranks[number] = seen[length]
-        seen[length] += 1
-    bits = (max(seen.values(), default=1) - 1).bit_length()
+    bits = (len(lengths) - 1).bit_length()
     return [
         {
-            number: (lengths[number] - 1) * ((rank >> bit & 1) == value)
-            for number, rank in ranks.items()
+            number: (length - 1) * ((rank >> bit & 1) == value)
+            for rank, (number, length) in enumerate(lengths.items())
         }
         for bit in range(bits)
         for value in (0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -174,7 +173,7 @@ _DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
 
 def mask(net: nn.Module, plan: PruningPlan) -> nn.Module:
     """The original network with the plan's slices set to zero: what the pruned one must equal."""
-    masked = copy.deepcopy(net)
+    masked = copy_with(net, {})
     parameters = dict(masked.named_parameters())
     with torch.no_grad():
         for name, cut in plan.tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -231,7 +230,7 @@ def _wide(argument: Any) -> Any:
 
 
 def _double(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).double()
+    return copy_with(net, {}).double()
 
 
 def _to_double(leaf: Any) -> Any:
