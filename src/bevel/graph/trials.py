@@ -9,14 +9,17 @@ import numpy as np
 
 from bevel.graph.grouping import ChannelGroup, Grouping
 
+TINY = 16
+"""Lengths below this agree by chance in two random cuts too often to rely on it."""
+
 
 def trials(grouping: Grouping, *, many: bool) -> Iterator[dict[int, np.ndarray]]:
     """Masks that cut the groups that can shrink, so that the cuts can be told from each other.
 
     If the first cut leaves each group a length that no other length equals, what the code does
     with it is seen in one rehearsal. Otherwise sizes may agree by chance, and a second cut is
-    random. With `many`, or if lengths agree within one module, each two groups differ in one more
-    cut at least.
+    random. With `many`, or if tiny lengths agree within one module, each two groups differ in one
+    more cut at least.
     """
     lengths = {
         number: _rows(group).shape[1]
@@ -39,7 +42,7 @@ def trials(grouping: Grouping, *, many: bool) -> Iterator[dict[int, np.ndarray]]
 def _distinct(grouping: Grouping, lengths: Mapping[int, int]) -> tuple[dict[int, int], bool, bool]:
     """Per group, how many go: what is left differs from all else, as far as it can.
 
-    And whether it does, and whether it does within each module at least.
+    And whether it does, and whether tiny ones do within each module at least.
     """
     counts: dict[int, int] = {}
     everywhere = {_rows(group).shape[1] for group in grouping.groups}
@@ -59,7 +62,7 @@ def _distinct(grouping: Grouping, lengths: Mapping[int, int]) -> tuple[dict[int,
         if left is None:
             left = next((n for n in order if n not in near), None)
         if left is None:
-            apart = False
+            apart = apart and length >= TINY
             left = length - usual
         counts[number] = length - left
         everywhere.add(left)
