@@ -159,7 +159,7 @@ def _layer_norm(
     if any(v is not None and list(v.shape) != list(shape) for v in (weight, bias)):
         return None
     statistic = x.new_zeros((*x.shape[:start], *[1] * len(shape)))
-    return torch.zeros_like(x), statistic, statistic.clone()
+    return x.new_zeros(x.shape), statistic, statistic.clone()  # contiguous, whatever x is
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:

@@ -1,0 +1,202 @@
+"""A pass recorded without its arithmetic says what one in earnest says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import bevel
+from bevel.core.errors import ModelError
+from bevel.graph import record as recording
+from bevel.graph.holding import holding
+from bevel.graph.record import Recording, Value, record
+from bevel.graph.unknown import aten, looks, zeros
+
+
+def both(net: nn.Module, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """The recording as it is made, and in earnest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "zeros", lambda *_: None)
+        earnest = record(net, inputs)
+    return [record(net, inputs), earnest]
+
+
+def outline(recorded: Recording) -> list[tuple[str, list[tuple[int, ...]]]]:
+    return [
+        (call.name, [value.shape for value in call.outputs if isinstance(value, Value)])
+        for call in recorded.calls
+    ]
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: torchvision.models.resnet18(),
+        lambda: torchvision.models.mobilenet_v3_small(),
+        lambda: torchvision.models.shufflenet_v2_x0_5(),
+        lambda: timm.create_model("vit_tiny_patch16_224"),
+        lambda: timm.create_model("convnext_atto"),
+    ],
+    ids=["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "vit_tiny", "convnext_atto"],
+)
+def test_the_same_operators_and_shapes(net, monkeypatch):
+    guessed, computed = both(net().eval(), torch.randn(2, 3, 224, 224), monkeypatch)
+    assert outline(guessed) == outline(computed)
+
+
+SHAPES = [(2, 6, 8, 8), (1, 6, 5, 7), (6, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 0, 1), (2, 1, 1), ((1, 2), (2, 0), 2)])
+def test_convolutions_have_the_size_that_torch_gives(shape, groups, stride, padding, dilation):
+    net = nn.Conv2d(6, 12, 3, stride, padding, dilation, groups)
+    arguments = (
+        torch.randn(shape), net.weight, net.bias, net.stride, net.padding, net.dilation, False,
+        (0, 0), groups,
+    )  # fmt: skip
+    guess = zeros(aten.convolution.default, arguments, {})
+    real = aten.convolution.default(*arguments)
+    assert guess.shape == real.shape
+    assert guess.stride() == real.stride()
+    assert not guess.any()
+
+
+def test_what_does_not_fit_is_left_to_torch():
+    x, weight = torch.randn(1, 4, 8, 8), torch.randn(8, 3, 3, 3)
+    arguments = (x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    assert zeros(aten.convolution.default, arguments, {}) is None
+    assert zeros(aten.mm.default, (torch.randn(2, 3), torch.randn(4, 2)), {}) is None
+    assert zeros(aten.add.Tensor, (torch.randn(2, 3), torch.randn(4)), {}) is None
+    assert zeros(aten.add.Tensor, (torch.randn(2), torch.randn(2).double()), {}) is None
+    assert zeros(aten.add.Tensor, (torch.arange(2), torch.arange(2)), {}) is None
+
+
+def test_only_masks_are_looked_at_among_indices():
+    x, mask, places = torch.randn(4), torch.ones(4).bool(), torch.tensor([1])
+    assert looks(aten.index.Tensor, (x, [mask]), lambda _: True)
+    assert not looks(aten.index.Tensor, (x, [places]), lambda _: True)
+    assert looks(aten.nonzero.default, (x,), lambda _: True)
+    assert looks(torch.ops.torchvision.nms.default, (x, x, 0.5), lambda _: True)
+
+
+class Looking(nn.Module):
+    """Takes another way where the activations are all zero, as they are in a guessed pass."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.more = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.how == "item" and x.abs().sum().item() > 0:
+            x = self.more(x)
+        if self.how == "bool" and (x != 0).any():
+            x = self.more(x)
+        if self.how == "list" and max(x.flatten().tolist()) > 0:
+            x = self.more(x)
+        if self.how == "numpy" and np.any(x.numpy()):
+            x = self.more(x)
+        if self.how == "mask":
+            return x[x != 0]
+        return x
+
+
+@pytest.mark.parametrize("how", ["item", "bool", "list", "numpy", "mask"])
+def test_a_network_that_looks_is_run_in_earnest(how):
+    recorded = record(Looking(how).eval(), torch.randn(1, 3, 8, 8))
+    if how == "mask":
+        assert recorded.outputs[0].shape[0] > 0
+    else:
+        assert [call.name for call in recorded.calls].count("aten.convolution") == 2
+
+
+class Keeping(nn.Module):
+    """Leaves things behind on its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.seen: list[Tensor] = []
+        self.register_buffer("total", torch.zeros(8))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.last = x
+        self.seen.append(x)
+        return x
+
+
+def test_nothing_is_left_on_the_modules():
+    net = Keeping().eval()
+    bevel.analyze(net, torch.randn(1, 3, 8, 8))
+    assert net.last is None
+    assert net.seen == []
+
+
+class Counting(Keeping):
+    """Writes what it computes into a buffer: that has to be the truth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.total += x.mean((0, 2, 3))
+        return x
+
+
+def test_a_buffer_is_never_written_with_guesses():
+    net, image = Counting().eval(), torch.randn(1, 3, 8, 8)
+    record(net, image)
+    with torch.no_grad():
+        assert torch.allclose(net.total, net.conv(image).mean((0, 2, 3)), atol=1e-6)
+
+
+class Tables(nn.Module):
+    """Indices that are constant, and indices that are computed from the activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        constant = torch.arange(8, device=x.device).flip(0)
+        computed = x.mean((0, 2, 3)).argsort()
+        return x[:, constant] + x[:, computed]
+
+
+def test_indices_from_constants_are_known_and_others_are_not():
+    recorded = record(Tables().eval(), torch.randn(1, 3, 8, 8))
+    flips = [call for call in recorded.calls if call.name == "aten.flip"]
+    sorts = [call for call in recorded.calls if call.name in ("aten.argsort", "aten.sort")]
+    assert flips[0].output.data.tolist() == list(range(7, -1, -1))
+    assert [value.data for value in sorts[0].outputs if value.dtype == torch.int64] == [None]
+
+
+def test_an_error_of_the_network_is_its_own():
+    with pytest.raises(ModelError, match="expected input.* to have 3 channels"):
+        record(nn.Conv2d(3, 8, 3), torch.randn(1, 4, 8, 8))
+
+
+def test_what_a_module_holds_is_put_back():
+    net = Keeping()
+    contents, extra = net.seen, {"a": 1}
+    net.extra = extra
+    with holding(net):
+        net.seen.append(torch.zeros(1))
+        net.extra["b"] = 2
+        net.extra = {}
+        net.new = 1
+        net.total = torch.ones(8)
+    assert net.seen is contents
+    assert contents == []
+    assert net.extra is extra
+    assert extra == {"a": 1}
+    assert not hasattr(net, "new")
+    assert not net.total.any()
