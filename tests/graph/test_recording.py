@@ -180,7 +180,7 @@ def test_indices_from_constants_are_known_and_others_are_not():
 
 
 def test_an_error_of_the_network_is_its_own():
-    with pytest.raises(ModelError, match="expected input.* to have 3 channels"):
+    with pytest.raises(ModelError, match=r"expected input.* to have 3 channels"):
         record(nn.Conv2d(3, 8, 3), torch.randn(1, 4, 8, 8))
 
 
