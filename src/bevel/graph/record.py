@@ -10,6 +10,7 @@ unless the network looks at what it has computed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
@@ -215,8 +215,9 @@ class _Operators(TorchDispatchMode):
         self.recording = Recording()
         self.names = tensor_names(net)
         self.modules = ModuleStack(net)
-        # Weak keys: an activation may be freed during the pass, and its address used again.
-        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # By address; weak, since an activation may be freed during the pass and its address used
+        # again.
+        self.values: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
         self.count = 0
         self.earnest = earnest
         self.unknown: set[int] = set()
@@ -224,15 +225,19 @@ class _Operators(TorchDispatchMode):
     def value(self, leaf: Any) -> Any:
         """The `Value` of a tensor; containers leaf by leaf, anything else unchanged."""
         if isinstance(leaf, Tensor):
-            known = self.values.get(leaf)
-            if known is None or known.shape != leaf.shape:  # some operators reshape in place
-                known = self._new(leaf)
-            return known
+            return self._known(leaf) or self._new(leaf)
         if type(leaf) in (list, tuple):
             return type(leaf)(self.value(item) for item in leaf)
         if not isinstance(leaf, tuple | list | dict):  # a number, a dtype, a device
             return leaf
         return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        """The `Value` of a tensor that was met before; some operators reshape it in place."""
+        entry = self.values.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or entry[1].shape != tensor.shape:
+            return None
+        return entry[1]
 
     def _new(self, tensor: Tensor, *, unknown: bool = False) -> Value:
         index = not tensor.is_floating_point() and tensor.numel() <= LARGEST_INDEX
@@ -240,7 +245,7 @@ class _Operators(TorchDispatchMode):
         name = self.names.get(id(tensor))
         value = Value(self.count, tuple(tensor.shape), name, data, tensor.dtype)
         self.count += 1
-        self.values[tensor] = value
+        self.values[id(tensor)] = (weakref.ref(tensor), value)
         if unknown:
             self.unknown.add(value.index)
         return value
@@ -254,7 +259,7 @@ class _Operators(TorchDispatchMode):
     def knows(self, item: Any) -> bool:
         """Whether nothing in an argument is unknown."""
         if isinstance(item, Tensor):
-            known = self.values.get(item)
+            known = self._known(item)
             return known is None or known.index not in self.unknown
         return not isinstance(item, list | tuple) or all(map(self.knows, item))
 
@@ -297,8 +302,8 @@ class _Operators(TorchDispatchMode):
         """The elements of a result are unknown."""
         if not isinstance(output, Tensor):
             return
-        value = self.values.get(output)
-        if value is None or value.shape != output.shape:
+        value = self._known(output)
+        if value is None:
             self._new(output, unknown=True)
         else:
             self.unknown.add(value.index)
