@@ -210,11 +210,39 @@ def make_plan(
         request: what was asked for; stored with the plan.
         notes: stored with the plan.
     """
-    masks: dict[str, dict[int, np.ndarray]] = {}
     kept = analysis.full()
     for index, mask in keep.items():
         kept[index] = int(mask.sum())
-        if kept[index] == len(mask):
+    attributes: dict[str, dict[str, int]] = {}
+    for site in analysis.attributes:
+        value = site.value(keep)
+        if value != site.value({}):
+            attributes.setdefault(site.module, {})[site.attribute] = value
+    return PruningPlan(
+        tensors=_tensor_cuts(analysis, keep),
+        attributes=attributes,
+        groups=[
+            GroupCut(
+                name=group.name,
+                before=group.size,
+                after=int(kept[index]),
+                inexact=group.inexact,
+            )
+            for index, group in enumerate(analysis.groups)
+            if group.frozen is None
+        ],
+        before=analysis.cost(),
+        after=analysis.cost(kept),
+        request=dict(request or {}),
+        notes=list(notes),
+    )
+
+
+def _tensor_cuts(analysis: Analysis, keep: Mapping[int, np.ndarray]) -> dict[str, TensorCut]:
+    """What stays of each tensor that the groups touch."""
+    masks: dict[str, dict[int, np.ndarray]] = {}
+    for index, mask in keep.items():
+        if mask.all():
             continue
         stays = np.append(mask, True)  # the last is where -1 points to, no unit: it stays
         for axis in analysis.groups[index].axes:
@@ -232,7 +260,7 @@ def make_plan(
             known[key] = runs_of(np.flatnonzero(stays))
         return known[key]
 
-    tensors = {
+    return {
         name: TensorCut(
             shape=list(analysis.shapes[name]),
             keep={
@@ -242,26 +270,3 @@ def make_plan(
         )
         for name, dims in masks.items()
     }
-    attributes: dict[str, dict[str, int]] = {}
-    for site in analysis.attributes:
-        value = site.value(keep)
-        if value != site.value({}):
-            attributes.setdefault(site.module, {})[site.attribute] = value
-    return PruningPlan(
-        tensors=tensors,
-        attributes=attributes,
-        groups=[
-            GroupCut(
-                name=group.name,
-                before=group.size,
-                after=int(kept[index]),
-                inexact=group.inexact,
-            )
-            for index, group in enumerate(analysis.groups)
-            if group.frozen is None
-        ],
-        before=analysis.cost(),
-        after=analysis.cost(kept),
-        request=dict(request or {}),
-        notes=list(notes),
-    )
