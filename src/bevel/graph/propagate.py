@@ -158,10 +158,11 @@ class Propagation:
     def _distinct(self, ids: np.ndarray) -> np.ndarray:
         """The distinct ids, ascending: of many, by a table instead of by sorting."""
         if ids.size < self.count // 8:
-            return np.unique(ids)
+            return np.asarray(np.unique(ids))
         met = np.zeros(self.count, dtype=bool)
         met[ids] = True
-        return np.flatnonzero(met)
+        found: np.ndarray = np.flatnonzero(met)
+        return found
 
     def freeze_layer(self, layer: Layer, reason: str) -> None:
         """The layer's dimension cannot shrink."""

@@ -170,14 +170,6 @@ def _softmax(x: Tensor, _: int, half_to_float: bool) -> Any:
     return None if half_to_float or not _is_float(x) else x.new_zeros(x.shape)
 
 
-def _clone(x: Tensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-    return torch.zeros_like(x, memory_format=memory_format) if _is_float(x) else None
-
-
-def _softmax(x: Tensor, _: int, half_to_float: bool) -> Any:
-    return None if half_to_float or not _is_float(x) else x.new_zeros(x.shape)
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         return None
@@ -203,8 +195,6 @@ _SAME = ("relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoi
 _KERNELS: dict[Any, Callable[..., Any]] = {
     **_kernels(_SAME, _same),
     **_kernels((f"{name}_" for name in _SAME), _in_place),
-    aten.clone.default: _clone,
-    aten._softmax.default: _softmax,
     aten.clone.default: _clone,
     aten._softmax.default: _softmax,
     aten.convolution.default: _convolution,
