@@ -15,7 +15,7 @@ help:
 demo: install
 	$(BIN)/bevel run recipes/digits.yaml
 
-test: $(VENV)/.installed-all lint
+test: $(VENV)/.installed-all $(VENV)/sshd lint
 	$(BIN)/pytest -n $${TEST_WORKERS:-2}
 
 lint: $(VENV)/.installed-all
@@ -23,6 +23,10 @@ lint: $(VENV)/.installed-all
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A real OpenSSH server for the tests of the device `ssh`, unpacked and not installed.
+$(VENV)/sshd: | $(VENV)/.created
+	tests/devices/fetch_sshd.sh $@
 
 install: $(VENV)/.installed
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from bevel.graph.attributes import register_resizer
     from bevel.graph.couplings import analyze
     from bevel.measurement.bench import measure
+    from bevel.measurement.doctor import diagnose
     from bevel.models import build as build_model
+    from bevel.packaging import package
     from bevel.pipeline import explain, run
     from bevel.pruning.apply import load_pruned, prune, save_pruned
     from bevel.pruning.plan import PruningPlan
@@ -38,6 +40,7 @@ __all__ = [
     "RunRecord",
     "analyze",
     "build_model",
+    "diagnose",
     "explain",
     "export",
     "finetune",
@@ -45,6 +48,7 @@ __all__ = [
     "load_pruned",
     "load_recipe",
     "measure",
+    "package",
     "plan_pruning",
     "prune",
     "register_resizer",
@@ -63,6 +67,7 @@ _HOMES = {
     "RunRecord": "bevel.core.records",
     "analyze": "bevel.graph.couplings",
     "build_model": "bevel.models:build",
+    "diagnose": "bevel.measurement.doctor",
     "explain": "bevel.pipeline",
     "export": "bevel.runtimes",
     "finetune": "bevel.finetuning.train",
@@ -70,6 +75,7 @@ _HOMES = {
     "load_pruned": "bevel.pruning.apply",
     "load_recipe": "bevel.core.recipe:load",
     "measure": "bevel.measurement.bench",
+    "package": "bevel.packaging",
     "plan_pruning": "bevel.pruning.planning",
     "prune": "bevel.pruning.apply",
     "register_resizer": "bevel.graph.attributes",

@@ -24,6 +24,15 @@ from bevel.testing.runtimes import RuntimeContract
 SUITES = (RuntimeContract, DeviceContract, CriterionContract, AllocatorContract)
 
 
+ELSEWHERE = {
+    "adb": "devices/test_adb.py",
+    "qemu-aarch64": "devices/test_qemu_aarch64.py",
+    "ssh": "devices/test_ssh_device.py",
+    "tensorrt": "runtimes/test_tensorrt.py",
+}
+"""What needs an address or hardware that is not here, and the file whose suite stands in for it."""
+
+
 def test_class(suite: type[PluginContract], name: str) -> tuple[str, type[PluginContract]]:
     title = f"Test{suite.__name__.removesuffix('Contract')}_{name}"
     return title, type(title, (suite,), {"name": name, "__module__": __name__})
@@ -31,7 +40,10 @@ def test_class(suite: type[PluginContract], name: str) -> tuple[str, type[Plugin
 
 test_class.__test__ = False
 globals().update(
-    test_class(suite, name) for suite in SUITES for name in plugins.discover(suite.kind)
+    test_class(suite, name)
+    for suite in SUITES
+    for name in plugins.discover(suite.kind)
+    if name not in ELSEWHERE
 )
 
 
@@ -125,6 +137,11 @@ def test_every_data_set_has_a_suite():
 def test_every_other_plugin_has_a_suite(suite):
     assert plugins.discover(suite.kind)
     for name in plugins.discover(suite.kind):
+        if name in ELSEWHERE:
+            text = (Path(__file__).parents[1] / ELSEWHERE[name]).read_text()
+            assert f"({suite.__name__})" in text
+            assert f'name = "{name}"' in text
+            continue
         assert f"Test{suite.__name__.removesuffix('Contract')}_{name}" in globals()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import types
 from pathlib import Path
 
@@ -13,12 +11,11 @@ import torch
 from torch import nn
 
 import bevel
-from bevel.core import plugins
 from bevel.core.errors import MeasurementError, UnknownNameError
 from bevel.core.records import Artifact
-from bevel.devices import local
+from bevel.devices import Device, open_device
 from bevel.measurement import runner
-from bevel.measurement.bench import Subject, measure_all
+from bevel.measurement.bench import Subject, _scores, images_for, measure_all
 from bevel.measurement.parity import evaluate_artifacts, run_batch
 from bevel.runtimes import open_artifact
 from bevel.runtimes.onnxruntime import open_session
@@ -81,7 +78,7 @@ def test_what_was_measured_and_where(measured, files):
     assert [result.label for result in measured] == ["original", "compressed"]
     assert [result.artifact for result in measured] == list(files[1:])
     assert {result.threads for result in measured} == {1}
-    assert measured[0].device == local.facts(measured[0].device.runtime_version).model_copy(
+    assert measured[0].device == open_device("local").facts("onnxruntime").model_copy(
         update={
             "frequency_mhz": measured[0].device.frequency_mhz,
             "temperature_c": measured[0].device.temperature_c,
@@ -166,34 +163,54 @@ def described(label: str, precision: str, runtime: str = "onnxruntime") -> Subje
     return Subject(label, Artifact(**fields, inputs=[], outputs=[], size_bytes=1))
 
 
+class Pretended(Device):
+    """Does every job with a result that the test gave."""
+
+    address = "pretend"
+
+    def __init__(self, samples, busy=0.0, throttling=None, emulated=False):
+        self.samples, self.busy, self.throttling = samples, busy, throttling
+        self.emulated, self.jobs, self.closed = emulated, [], False
+
+    def run(self, job, files, *, threads=1):
+        if job["task"] == "facts":
+            facts = {"system": "Pretence 1", "architecture": "none", "processor": None, "cores": 2}
+            return (
+                facts
+                | dict.fromkeys(
+                    (
+                        "memory_bytes",
+                        "governor",
+                        "frequency_mhz",
+                        "temperature_c",
+                        "runtime_version",
+                    )
+                )
+                | {"throttling": self.throttling}
+            )
+        assert threads == 3
+        assert list(files) == [subject["file"] for subject in job["subjects"]]
+        self.jobs.append(job)
+        timed = {"samples_ms": self.samples, "warmup_runs": 20}
+        return timed if job["task"] == "latency" else {"peak_memory_bytes": len(self.jobs)}
+
+    def busy_cores(self):
+        return self.busy
+
+    def close(self):
+        self.closed = True
+
+
 @pytest.fixture
 def pretend(monkeypatch):
     """A function that measures subjects with given samples, beside other work."""
 
-    def measure(subjects, samples, busy=0.0):
-        jobs = []
-
-        def run_module(module, arguments, *, threads):
-            assert module == "bevel.measurement.runner"
-            job = json.loads(Path(arguments[0]).read_text())
-            assert job["threads"] == threads
-            jobs.append(job)
-            timed = {"samples_ms": samples, "warmup_runs": 20}
-            result = timed if job["task"] == "latency" else {"peak_memory_bytes": len(jobs)}
-            Path(arguments[1]).write_text(json.dumps(result))
-
-        device = types.ModuleType("pretend_device")
-        device.facts = lambda version=None: local.facts(version).model_copy(update={"cores": 2})
-        device.busy_cores = lambda: busy
-        device.run_module = run_module
-        monkeypatch.setitem(sys.modules, "pretend_device", device)
-        real = plugins.discover
-        found = {"pretend": plugins.Plugin("devices", "pretend", "pretend_device")}
-        monkeypatch.setattr(
-            plugins, "discover", lambda kind: found if kind == "devices" else real(kind)
-        )
+    def measure(subjects, samples, **told):
+        place = Pretended(samples, **told)
+        monkeypatch.setattr("bevel.measurement.bench.open_device", lambda _: place)
         results = measure_all(subjects, device="pretend", threads=3)
-        return [result.warnings for result in results], jobs
+        assert place.closed
+        return [result.warnings for result in results], place.jobs
 
     return measure
 
@@ -205,10 +222,10 @@ def test_nothing_to_warn_of(pretend):
     subjects = [described("compressed", "float32"), described("compressed", "int8")]
     warnings, jobs = pretend(subjects, [SLOWER, STEADY], busy=0.5)
     assert warnings == [[], []]
-    assert [(job["task"], len(job["subjects"]), job["threads"]) for job in jobs] == [
-        ("latency", 2, 3),
-        ("memory", 1, 3),
-        ("memory", 1, 3),
+    assert [(job["task"], len(job["subjects"])) for job in jobs] == [
+        ("latency", 2),
+        ("memory", 1),
+        ("memory", 1),
     ]
 
 
@@ -240,6 +257,59 @@ def test_loaded_machine(pretend):
     assert pretend([described("a", "float32")], [STEADY], busy=None)[0] == [[]]
 
 
+def test_throttled_device(pretend):
+    (warnings,), _ = pretend([described("a", "float32")], [STEADY], throttling="too warm")
+    assert warnings == ["the device was throttled after the timing: too warm"]
+    assert pretend([described("a", "float32")], [STEADY], throttling="none")[0] == [[]]
+
+
+def test_an_emulated_device_has_no_times(monkeypatch):
+    place = Pretended([STEADY], emulated=True)
+    monkeypatch.setattr("bevel.measurement.bench.open_device", lambda _: place)
+    (result,) = measure_all([described("a", "float32")], device="pretend", threads=3)
+    assert (result.latency, result.peak_memory_bytes) == (None, None)
+    assert result.device.emulated
+    assert [warning[:9] for warning in result.warnings] == ["emulated:"]
+    assert [job["task"] for job in place.jobs] == ["memory"]  # the file did run
+
+
+class Elsewhere(type(open_device("local"))):
+    """This machine under another address: images are sent to it in pieces."""
+
+    address = "elsewhere"
+
+    def __init__(self):
+        self.pieces = []
+
+    def run(self, job, files, *, threads=1):
+        if job["task"] == "predict":
+            self.pieces.append(len(np.load(files[job["images"]])))
+        return super().run(job, files, threads=threads)
+
+
+def test_accuracy_and_parity_are_what_the_device_computes(files, measured, monkeypatch):
+    """The same numbers, whether the images go there in one piece or in several."""
+    net, *artifacts = files
+    place = Elsewhere()
+    monkeypatch.setattr("bevel.measurement.bench.open_device", lambda _: place)
+    one = torch.zeros(1, 3, 8, 8).nbytes
+    for piece_bytes, pieces in ((2**20, [11]), (6 * one, [6, 5])):
+        monkeypatch.setattr("bevel.measurement.bench.PIECE_BYTES", piece_bytes)
+        place.pieces.clear()
+        subjects = [Subject("x", artifact, net) for artifact in artifacts]
+        scores = _scores(place, subjects, labelled(7, 4), "validation", 1)
+        assert place.pieces == pieces
+        for (accuracy, parity), here in zip(scores, measured, strict=True):
+            assert accuracy == here.accuracy
+            assert parity.top1_agreement == here.parity.top1_agreement
+            assert parity.max_difference == pytest.approx(here.parity.max_difference, abs=1e-6)
+
+
+def test_how_many_images_a_device_gets():
+    assert images_for("local") is None
+    assert images_for("ssh:pi@host") == 500
+
+
 def test_unknown_device(files):
     with pytest.raises(UnknownNameError, match=r"no device called 'locale'\. Did you mean 'local'"):
         bevel.measure(files[1], device="locale")
@@ -261,11 +331,14 @@ def test_runner_takes_files_in_turn(monkeypatch):
     """Every round runs each file once; warm-up is not counted."""
     order = []
 
-    def opened(subject, threads):
-        assert threads == 2
-        return types.SimpleNamespace(run=lambda _: order.append(subject)), []
+    def opened(job):
+        assert job["threads"] == 2
+        return [
+            types.SimpleNamespace(run=lambda _, subject=subject: order.append(subject), inputs=[])
+            for subject in job["subjects"]
+        ]
 
-    monkeypatch.setattr(runner, "_open", opened)
+    monkeypatch.setattr(runner, "_sessions", opened)
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
     result = runner._latency({"subjects": ["a", "b"], "threads": 2})
     warm = runner.WARMUP_RUNS

@@ -79,6 +79,8 @@ def _show(record: RunRecord, *, json: bool) -> None:
     console.print_table(COLUMNS, table(record), title=str(record.recipe.get("name", "")))
     for warning in warnings(record):
         console.say(f"warning: {warning}")
+    for shipment in record.shipments:
+        console.say(f"ship for {shipment.target}: {shipment.path} ({shipment.reason})")
 
 
 def explain(recipe: RecipeFile, overrides: Set = None, json: Json = False) -> None:

@@ -51,15 +51,27 @@ class Plugin:
     @property
     def description(self) -> str:
         """First docstring line of the plugin's file, read without importing it."""
-        if self.module == f"{PACKAGES[self.kind]}.{self.name}":
-            path = _folder(PACKAGES[self.kind]) / f"{self.name}.py"
-        else:
-            spec = importlib.util.find_spec(self.module)
-            if spec is None or spec.origin is None:
-                return ""
-            path = Path(spec.origin)
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        try:
+            source = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+        text = ast.get_docstring(ast.parse(source))
         return text.splitlines()[0] if text else ""
+
+    @property
+    def path(self) -> Path:
+        """The plugin's file.
+
+        Raises:
+            FileNotFoundError: an installed package names a module that is not there.
+        """
+        package, _, stem = self.module.rpartition(".")
+        if package == PACKAGES[self.kind]:
+            return _folder(package) / f"{stem}.py"
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(self.module)
+        return Path(spec.origin)
 
 
 def _folder(package: str) -> Path:
@@ -68,17 +80,19 @@ def _folder(package: str) -> Path:
 
 
 @cache
-def _own(kind: str) -> Mapping[str, Plugin]:
+def own(kind: str) -> Mapping[str, Plugin]:
     """Bevel's own plugins of a kind by name: its files."""
     package = PACKAGES[kind]
-    names = sorted(path.stem for path in _folder(package).glob("*.py"))
-    return {name: Plugin(kind, name, f"{package}.{name}") for name in names if name[0] != "_"}
+    stems = sorted(path.stem for path in _folder(package).glob("*.py"))
+    # A device's name is the beginning of an address, where words are joined by dashes.
+    names = {s: s.replace("_", "-") if kind == "devices" else s for s in stems if s[0] != "_"}
+    return {name: Plugin(kind, name, f"{package}.{stem}") for stem, name in names.items()}
 
 
 @cache
 def discover(kind: str) -> Mapping[str, Plugin]:
     """All plugins of a kind by name: bevel's own files first, then entry points."""
-    found = dict(_own(kind))
+    found = dict(own(kind))
     for point in entry_points(group=f"bevel.{kind}"):
         found.setdefault(point.name, Plugin(kind, point.name, point.value))
     return found
@@ -91,7 +105,7 @@ def find(kind: str, name: str) -> Plugin:
         UnknownNameError: there is none; the message names the nearest and lists the rest.
     """
     # To look for entry points reads a file of every installed package: milliseconds.
-    plugins = _own(kind) if name in _own(kind) else discover(kind)
+    plugins = own(kind) if name in own(kind) else discover(kind)
     if name not in plugins:
         raise UnknownNameError(f"no {SINGULAR[kind]} called '{name}'. {suggestion(name, plugins)}")
     return plugins[name]

@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
                 stream.flush()
             sink.seek(0)
             printed = sink.read().decode(errors="replace").strip()
-            if printed:
+            if printed and hasattr(error, "add_note"):  # a device's Python may be 3.10
                 error.add_note(f"printed meanwhile:\n{printed[-4000:]}")
             raise
         finally:

@@ -125,6 +125,20 @@ class FinetuneStep(TrainStep):
     lr: float = Field(default=0.02, gt=0, description="peak learning rate")
 
 
+class QatStep(FinetuneStep):
+    """Fine-tune with the rounding of int8 in the forward (quantization-aware training).
+
+    In the last third of the steps, batch-norm statistics and ranges of activations stay as they
+    are.
+    """
+
+    lr: float = Field(default=0.005, gt=0, description="peak learning rate")
+    runtime: str | None = Field(
+        default=None,
+        description="whose int8 is simulated; default: that of the first int8 target",
+    )
+
+
 class Budget(Section):
     """What may remain, as a fraction of the original: all that are given must hold."""
 
@@ -186,11 +200,12 @@ class PruneStep(Section):
 class Step(Section):
     """One step: a mapping with the step's verb as its only key."""
 
-    VERBS: ClassVar[tuple[str, ...]] = ("train", "prune", "finetune")
+    VERBS: ClassVar[tuple[str, ...]] = ("train", "prune", "finetune", "qat")
 
     train: TrainStep | None = None
     prune: PruneStep | None = None
     finetune: FinetuneStep | None = None
+    qat: QatStep | None = None
 
     @model_validator(mode="after")
     def one_verb(self) -> Step:
@@ -218,12 +233,46 @@ class Calibration(Section):
     images: int = Field(default=512, ge=1)
 
 
+class Quantization(Section):
+    """How float becomes int8."""
+
+    quantizer: Literal["torch", "native", "auto"] = Field(
+        default="torch",
+        description="torch: bevel's, on torchao PT2E; native: the runtime's own; auto: the better "
+        "of both, measured on calibration images",
+    )
+    observer: Literal["minmax", "percentile", "mse"] = Field(
+        default="minmax", description="what becomes the range of an activation"
+    )
+    equalize: bool = Field(
+        default=False, description="even out the channels' ranges across layers (Nagel et al. 2019)"
+    )
+    correct_bias: bool = Field(
+        default=False, description="take back the mean error of each layer's output"
+    )
+    keep_float: list[str] = Field(
+        default_factory=list, description="module names (globs) that stay in float"
+    )
+    accuracy_drop: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="validation accuracy that int8 may lose against float; the fewest layers go "
+        "back to float until it holds",
+    )
+
+
 class Target(Section):
     """Where the network will run."""
 
     runtime: str = Field(default="onnxruntime", description="see: bevel list runtimes")
-    precision: Literal["float32", "int8"] = "float32"
-    device: str = Field(default="local", description="see: bevel list devices")
+    precision: Literal["float32", "float16", "bfloat16", "int8", "int8-weights"] = Field(
+        default="float32", description="int8-weights: weights only, the arithmetic stays in float"
+    )
+    device: str = Field(
+        default="local",
+        description="its address, such as ssh:pi@raspberrypi.local; see: bevel list devices",
+    )
     threads: int = Field(default=1, ge=1)
 
     def __str__(self) -> str:
@@ -240,6 +289,7 @@ class Recipe(Section):
     data: DataSection
     steps: list[Step] = Field(min_length=1)
     calibration: Calibration = Calibration()
+    quantization: Quantization = Quantization()
     targets: list[Target] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -247,6 +297,14 @@ class Recipe(Section):
         """Only a finetune step has an original to learn from."""
         if any(step.train is not None and step.train.distill is not None for step in self.steps):
             raise ValueError("train has no original to distill from; distill belongs to finetune")
+        return self
+
+    @model_validator(mode="after")
+    def int8_to_train_for(self) -> Recipe:
+        """A qat step needs to know whose int8 it prepares for."""
+        int8 = any(target.precision == "int8" for target in self.targets)
+        if not int8 and any(s.qat is not None and s.qat.runtime is None for s in self.steps):
+            raise ValueError("a qat step needs an int8 target, or a runtime of its own")
         return self
 
 

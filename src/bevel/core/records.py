@@ -9,19 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bevel.core.signature import TensorSignature as TensorSignature
+
 
 class Record(BaseModel):
     """Plain data that goes to JSON and back unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSignature(Record):
-    """Name, shape and type of one input or output; a text in the shape is a dynamic size."""
-
-    name: str
-    shape: list[int | str]
-    dtype: str
 
 
 class Artifact(Record):
@@ -36,6 +30,32 @@ class Artifact(Record):
     sha256: str
     quantizer: str | None = None
     """Which quantizer made an int8 file, and with which types."""
+
+
+class Operator(Record):
+    """One operator of an exported file, as its runtime runs it.
+
+    Attributes:
+        name: its name in the file.
+        kind: what it does, in the runtime's own words: Conv, CONV_2D, Convolution.
+        precision: of its arithmetic: int8, float32, ...; "none" if it only moves data.
+        macs: multiply-accumulates for one image.
+        channels: width of its output, if it has one.
+        delegated: whether a fast kernel library takes it, where the runtime has one.
+        reason: why it is not in integers, if that is known.
+        latency_ms: time per run from the runtime's own profiler, once it was profiled.
+        inputs: names of the operators that make its inputs, where the file says.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    macs: int = 0
+    channels: int | None = None
+    delegated: bool = True
+    reason: str | None = None
+    latency_ms: float | None = None
+    inputs: list[str] = Field(default_factory=list)
 
 
 class Latency(Record):
@@ -97,7 +117,11 @@ class DeviceFacts(Record):
     governor: str | None
     frequency_mhz: float | None
     temperature_c: float | None
+    throttling: str | None = None
+    """What held the clock down; "none" where the system says that nothing did."""
     runtime_version: str | None
+    emulated: bool = False
+    """Another machine only imitates it: its answers are true, its times mean nothing."""
 
 
 class Measurement(Record):
@@ -112,6 +136,60 @@ class Measurement(Record):
     accuracy: Accuracy | None = None
     parity: Parity | None = None
     warnings: list[str] = Field(default_factory=list)
+
+
+class Finding(Record):
+    """Something that keeps a file from being faster, in a line that says what helps.
+
+    `share` is its part of the time of one run; None where nothing was profiled.
+    """
+
+    message: str
+    share: float | None = None
+
+
+class Diagnosis(Record):
+    """What an exported file is made of, as its runtime runs it, and why it is not faster.
+
+    Attributes:
+        label: whose file it is: original, compressed, or a path.
+        threads: threads that the profiler's times are for.
+        verdict: the answer to "why is it not faster?" in a line.
+        findings: the reasons, dearest first.
+        operators: in the file's order, with the profiler's times where the runtime has one.
+        profiled_ms: sum of those times; the profiler itself takes time as well.
+        int8_macs: share of the multiply-accumulates that run in integers; None if none are known.
+        channel_step: the number whose multiples are the widths that the runtime runs fast.
+        conversions: operators that only convert between float and integers.
+        stray_pairs: of them, those that undo each other with no float operator between.
+        transposes: operators that only change the order of the axes.
+        speedup: time of the float file divided by this one's, where both were timed in turn.
+        parity: against the float file or the torch network, where one was given.
+    """
+
+    label: str
+    artifact: Artifact
+    threads: int
+    verdict: str
+    findings: list[Finding] = Field(default_factory=list)
+    operators: list[Operator] = Field(default_factory=list)
+    profiled_ms: float | None = None
+    int8_macs: float | None = None
+    channel_step: int
+    conversions: int = 0
+    stray_pairs: int = 0
+    transposes: int = 0
+    speedup: float | None = None
+    parity: Parity | None = None
+
+
+class Shipment(Record):
+    """Which file to ship for a target of a run, and why."""
+
+    target: str
+    path: str
+    precision: str
+    reason: str
 
 
 class Cost(Record):
@@ -145,3 +223,5 @@ class RunRecord(Record):
     original: Cost | None = None
     compressed: Cost | None = None
     measurements: list[Measurement] = Field(default_factory=list)
+    diagnoses: list[Diagnosis] = Field(default_factory=list)
+    shipments: list[Shipment] = Field(default_factory=list)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ from bevel.data.metrics import evaluate
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper
+
+FROZEN_SHARE = 1 / 3
+"""Of all steps, the last that run with `freeze`."""
 
 CHECK_EVERY = 25
 """Steps between looks at the loss where looking makes the processor wait for an accelerator."""
@@ -73,6 +76,7 @@ def finetune(
     teacher: nn.Module | None = None,
     folder: Path | None = None,
     label: str = "finetune",
+    freeze: Callable[[nn.Module], None] | None = None,
 ) -> Trained:
     """Train a copy of the network; the network itself stays as it is.
 
@@ -90,6 +94,8 @@ def finetune(
         teacher: gives the outputs to learn from where `settings.distill` is set.
         folder: where the resumable state lies; None keeps none.
         label: what progress and errors call this training.
+        freeze: called with the network in training mode, to hold what should no longer move in
+            the last third of the steps.
 
     Raises:
         TrainingError: the loss is no longer finite, or there is nothing to train.
@@ -101,7 +107,7 @@ def finetune(
             f"{label}: distill is set but there is no teacher; give one, or remove distill"
         )
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
-        return _Loop(net, data, settings, seed, teacher, folder, label).run()
+        return _Loop(net, data, settings, seed, teacher, folder, label, freeze).run()
 
 
 class _Loop:
@@ -116,8 +122,10 @@ class _Loop:
         teacher: nn.Module | None,
         folder: Path | None,
         label: str,
+        freeze: Callable[[nn.Module], None] | None,
     ) -> None:
         self.data, self.settings, self.seed, self.label = data, settings, seed, label
+        self.freeze = freeze
         self.accelerator = Accelerator()
         first = self._batches(0)
         self.steps = len(first)
@@ -162,6 +170,7 @@ class _Loop:
         )
         for number, (images, labels) in enumerate(batches):
             rate = self._set_rate(epoch * self.steps + number)
+            self._freeze(epoch * self.steps + number, first=number == 0)
             if len(images) < 2 <= self.batch_size:
                 continue  # a batch norm has no variance from a left-over single image
             total += self.stepper.step(images, labels)
@@ -205,6 +214,12 @@ class _Loop:
         for group in self.stepper.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def _freeze(self, step: int, *, first: bool) -> None:
+        """Hold what should be held, once it is time and at the beginning of each epoch after."""
+        begin = math.ceil(self.settings.epochs * self.steps * (1 - FROZEN_SHARE))
+        if self.freeze is not None and (step == begin or (first and step > begin)):
+            self.freeze(self.stepper.net)
 
     def _batches(self, epoch: int) -> Batches:
         """This process's share of the epoch's training batches."""

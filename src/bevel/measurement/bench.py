@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from bevel.core import plugins
 from bevel.core.progress import track
-from bevel.core.records import Artifact, Latency, Measurement
-from bevel.devices import Device
+from bevel.core.records import Artifact, DeviceFacts, Latency, Measurement
+from bevel.devices import Device, open_device
 from bevel.measurement.parity import evaluate_artifacts
-from bevel.runtimes import load_runtime, open_artifact
+from bevel.measurement.runner import decoded
+from bevel.runtimes import open_artifact
 
-RUNNER = "bevel.measurement.runner"
 NOISY = 1.5
 """A p90 this many times the median means that the machine was busy with something else."""
 
 BUSY = 0.5
 """More processors than this busy with other work make a time uncertain."""
+
+DEVICE_IMAGES = 500
+"""Accuracy on a device other than this machine is taken on so many images: they are sent there."""
+
+PIECE_BYTES = 32 * 2**20
+"""Images go to a device in pieces of about this size."""
+
+EMULATED = (
+    "emulated: another machine imitates this device; its answers are true, its times would mean "
+    "nothing, so none is given"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +74,12 @@ def measure_all(
 
     The time for one image is taken in one fresh process that runs all files in turn, at least 100
     times each after warm-up, so that their ratio is fair. Peak memory is that of a process that
-    runs one file alone. Accuracy and parity are of the files themselves over all images.
+    runs one file alone. Accuracy and parity are of the files themselves over all images, as the
+    device computes them. An emulated device has no times and no memory of its own.
 
     Args:
         subjects: what to measure.
-        device: see `bevel list devices`.
+        device: its address, such as `local` or `ssh:pi@raspberrypi.local`.
         threads: threads the runtime may use for the timing.
         batches: images (N, C, H, W) and labels (N,) for accuracy; None leaves it out.
         split: what the images are, for the record.
@@ -76,28 +88,30 @@ def measure_all(
         MeasurementError: a file does not run, or the device does not answer.
         UnknownNameError: there is no such device or runtime.
     """
-    place: Device = plugins.load("devices", device)
-    busy = place.busy_cores()
-    latencies = _latencies(place, subjects, threads)
-    memory = [
-        _run(place, "memory", [subject], threads)["peak_memory_bytes"]
-        for subject in track(subjects, "peak memory", len(subjects))
-    ]
-    scores: Sequence[Any] = [(None, None)] * len(subjects)
-    if batches is not None:
-        pairs = [(subject.artifact, subject.reference) for subject in subjects]
-        scores = evaluate_artifacts(pairs, batches, split)
+    with open_device(device) as place:
+        timed = not place.emulated
+        busy = place.busy_cores() if timed else None
+        latencies = _latencies(place, subjects, threads)
+        memory = _memory(place, subjects, threads)
+        scores: Sequence[Any] = [(None, None)] * len(subjects)
+        if batches is not None and "predict" in place.tasks:
+            scores = _scores(place, subjects, batches, split, threads)
+        runtimes = dict.fromkeys(subject.artifact.runtime for subject in subjects)
+        facts = {runtime: place.facts(runtime) for runtime in runtimes}
     return [
         Measurement(
             label=subject.label,
             artifact=subject.artifact,
             threads=threads,
-            device=place.facts(load_runtime(subject.artifact.runtime).version()),
+            device=facts[subject.artifact.runtime],
             latency=latency,
             peak_memory_bytes=peak,
             accuracy=accuracy,
             parity=parity,
-            warnings=_warnings(index, subjects, latencies, busy),
+            warnings=[
+                *_warnings(facts[subject.artifact.runtime], latency, busy),
+                *_slower_int8(index, subjects, latencies),
+            ],
         )
         for index, (subject, latency, peak, (accuracy, parity)) in enumerate(
             zip(subjects, latencies, memory, scores, strict=True)
@@ -105,38 +119,98 @@ def measure_all(
     ]
 
 
-def _latencies(place: Device, subjects: Sequence[Subject], threads: int) -> list[Latency]:
+def images_for(device: str) -> int | None:
+    """How many test images a device gets; None: all."""
+    return None if device == "local" else DEVICE_IMAGES
+
+
+def _latencies(
+    place: Device, subjects: Sequence[Subject], threads: int
+) -> Sequence[Latency | None]:
+    """All files in turn; none from a device whose times mean nothing."""
+    if place.emulated or "latency" not in place.tasks:
+        return [None] * len(subjects)
     for _ in track([None], "time for one image", 1):
-        result = _run(place, "latency", subjects, threads)
+        result = place.run(*_job("latency", subjects), threads=threads)
     return [
         Latency(samples_ms=[round(ms, 6) for ms in samples], warmup_runs=result["warmup_runs"])
         for samples in result["samples_ms"]
     ]
 
 
-def _run(place: Device, task: str, subjects: Sequence[Subject], threads: int) -> dict[str, Any]:
-    """Let the runner do a task on the device."""
-    described = [
-        {"runtime": subject.artifact.runtime, "path": str(Path(subject.artifact.path).resolve())}
-        for subject in subjects
+def _memory(place: Device, subjects: Sequence[Subject], threads: int) -> list[int | None]:
+    """Peak bytes of each file alone; an emulator's would be its own, but the files must run."""
+    if "memory" not in place.tasks:
+        return [None] * len(subjects)
+    peaks = [
+        int(place.run(*_job("memory", [subject]), threads=threads)["peak_memory_bytes"])
+        for subject in track(subjects, "peak memory", len(subjects))
     ]
-    with tempfile.TemporaryDirectory(prefix="bevel-") as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        job.write_text(json.dumps({"task": task, "threads": threads, "subjects": described}))
-        place.run_module(RUNNER, [str(job), str(result)], threads=threads)
-        outcome: dict[str, Any] = json.loads(result.read_text())
-        return outcome
+    return [None] * len(peaks) if place.emulated else [*peaks]
 
 
-def _warnings(
-    index: int,
+def _scores(
+    place: Device,
     subjects: Sequence[Subject],
-    latencies: Sequence[Latency],
-    busy: float | None,
-) -> list[str]:
+    batches: Iterable[tuple[Tensor, Tensor]],
+    split: str,
+    threads: int,
+) -> Sequence[Any]:
+    """Accuracy and parity of each file, as this device computes them."""
+    pairs = [(subject.artifact, subject.reference) for subject in subjects]
+    if place.address == "local":
+        return evaluate_artifacts(pairs, batches, split)
+
+    def predict(images: np.ndarray) -> list[np.ndarray]:
+        with tempfile.TemporaryDirectory(prefix="bevel-") as folder:
+            pushed = Path(folder) / "images.npy"
+            np.save(pushed, images)
+            job, files = _job("predict", subjects)
+            result = place.run(
+                {**job, "images": pushed.name}, {**files, pushed.name: pushed}, threads=threads
+            )
+        return [decoded(output) for output in result["outputs"]]
+
+    return evaluate_artifacts(pairs, _pieces(batches), split, predict)
+
+
+def _pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same images in batches of about `PIECE_BYTES`: each costs a start of the runtime."""
+    held: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for images, labels in batches:
+        share = max(1, PIECE_BYTES // (images[0].nbytes or 1)) if len(images) else 1
+        for piece in zip(images.split(share), labels.split(share), strict=True):
+            if held and size + piece[0].nbytes > PIECE_BYTES:
+                yield _joined(held)
+                held, size = [], 0
+            held.append(piece)
+            size += piece[0].nbytes
+    if held:
+        yield _joined(held)
+
+
+def _joined(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*pieces, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _job(task: str, subjects: Sequence[Subject]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """A job of the runner, and the files that it names."""
+    paths = [Path(subject.artifact.path) for subject in subjects]
+    names = [f"{index}-{path.name}" for index, path in enumerate(paths)]
+    described = [
+        {"runtime": subject.artifact.runtime, "file": name}
+        for subject, name in zip(subjects, names, strict=True)
+    ]
+    return {"task": task, "subjects": described}, dict(zip(names, paths, strict=True))
+
+
+def _warnings(device: DeviceFacts, latency: Latency | None, busy: float | None) -> list[str]:
     """What makes a number less than it seems."""
-    own, latency = subjects[index], latencies[index]
-    found = []
+    found = [EMULATED] if device.emulated else []
+    if latency is None:
+        return found
     if latency.p90_ms > NOISY * latency.p50_ms:
         found.append(
             f"noisy timing: p90 {latency.p90_ms:.3g} ms against p50 {latency.p50_ms:.3g} ms; "
@@ -144,13 +218,25 @@ def _warnings(
         )
     if busy is not None and busy > BUSY:
         found.append(f"other work kept {busy:.1f} processors busy just before the timing")
-    if own.artifact.precision == "int8":
-        for other, theirs in zip(subjects, latencies, strict=True):
-            beside = other.artifact.runtime == own.artifact.runtime
-            float32 = other.artifact.precision == "float32"
-            if beside and float32 and theirs.p50_ms < latency.p50_ms:
-                found.append(
-                    f"int8 is slower than {other.label} float32 here ({latency.p50_ms:.3g} "
-                    f"against {theirs.p50_ms:.3g} ms): ship the float32 file"
-                )
+    if device.throttling not in (None, "none"):
+        found.append(f"the device was throttled after the timing: {device.throttling}")
+    return found
+
+
+def _slower_int8(
+    index: int, subjects: Sequence[Subject], latencies: Sequence[Latency | None]
+) -> list[str]:
+    """Float32 files of the same runtime that are faster than this int8 file."""
+    own, latency = subjects[index].artifact, latencies[index]
+    if latency is None or not own.precision.startswith("int8"):
+        return []
+    found = []
+    for other, theirs in zip(subjects, latencies, strict=True):
+        beside = other.artifact.runtime == own.runtime
+        float32 = other.artifact.precision == "float32"
+        if beside and float32 and theirs is not None and theirs.p50_ms < latency.p50_ms:
+            found.append(
+                f"{own.precision} is slower than {other.label} float32 here "
+                f"({latency.p50_ms:.3g} against {theirs.p50_ms:.3g} ms): ship the float32 file"
+            )
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from bevel.core.errors import MeasurementError
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
 from bevel.core.records import Accuracy, Artifact, Parity
-from bevel.runtimes import Session, load_runtime
+from bevel.measurement.runner import run_batch as run_batch
+from bevel.runtimes import load_runtime
 
 
 @dataclass
@@ -42,10 +43,15 @@ class _Tally:
             self.agreed += int((winners == expected.argmax(axis=1)).sum())
 
 
+Predictions = Callable[[np.ndarray], Sequence[np.ndarray]]
+"""First output of every file for images (N, C, H, W)."""
+
+
 def evaluate_artifacts(
     artifacts: Sequence[tuple[Artifact, nn.Module | None]],
     batches: Iterable[tuple[Tensor, Tensor]],
     split: str,
+    predict: Predictions | None = None,
 ) -> list[tuple[Accuracy, Parity | None]]:
     """Run the files over all images, each beside the float torch network it came from.
 
@@ -53,38 +59,34 @@ def evaluate_artifacts(
         artifacts: exported classifiers, and their reference networks or None.
         batches: images (N, C, H, W) and labels (N,); read once.
         split: what the images are, for the record.
+        predict: runs the files elsewhere; None: in this process, with all processors.
 
     Raises:
         MeasurementError: a file does not run on these images, or there are none.
     """
-    threads = os.cpu_count() or 1
-    sessions = [
-        load_runtime(artifact.runtime).open_session(Path(artifact.path), threads)
-        for artifact, _ in artifacts
-    ]
+    predict = predict or _here([artifact for artifact, _ in artifacts])
     tallies = [_Tally() for _ in artifacts]
     total = len(batches) if isinstance(batches, Sized) else None
     for images, labels in track(batches, f"{split} images through the exported files", total):
         expected: dict[int, np.ndarray] = {}
-        array = images.numpy()
-        for (_, reference), session, tally in zip(artifacts, sessions, tallies, strict=True):
+        found = predict(images.numpy())
+        for (_, reference), outputs, tally in zip(artifacts, found, tallies, strict=True):
             if reference is not None and id(reference) not in expected:
                 expected[id(reference)] = _reference(reference, images)
-            outputs = run_batch(session, array)
             tally.add(outputs, expected.get(id(reference)), labels.numpy())
     if not tallies or not tallies[0].images:
         raise MeasurementError(f"there are no {split} images to measure accuracy on")
     return [_results(tally, split) for tally in tallies]
 
 
-def run_batch(session: Session, images: np.ndarray) -> np.ndarray:
-    """First output for a batch of images; a file with a fixed batch size gets them in turn."""
-    size = session.inputs[0].shape[0]
-    if not isinstance(size, int) or size == len(images):
-        return session.run([images])[0]
-    if size != 1:
-        raise MeasurementError(f"the file takes {size} images at a time, got {len(images)}")
-    return np.concatenate([session.run([images[i : i + 1]])[0] for i in range(len(images))])
+def _here(artifacts: Sequence[Artifact]) -> Predictions:
+    """Run the files in this process."""
+    threads = os.cpu_count() or 1
+    sessions = [
+        load_runtime(artifact.runtime).open_session(Path(artifact.path), threads)
+        for artifact in artifacts
+    ]
+    return lambda images: [run_batch(session, images) for session in sessions]
 
 
 def _reference(net: nn.Module, images: Tensor) -> np.ndarray:

@@ -1,41 +1,101 @@
-"""The program that runs on the device: times artifacts, or states the memory of one.
+"""The program that runs on the device: times artifacts, states memory, runs images through them.
 
-    python -m bevel.measurement.runner JOB.json RESULT.json
+    python3 runner.pyz JOB.json RESULT.json
 
-It needs numpy and the artifacts' runtimes, nothing else of bevel's stages.
+A job is {"task", "threads", "files": {name: path}} and what its task needs. It needs the standard
+library, numpy and the artifacts' runtimes, and Python 3.10; `bevel.devices._bundle` packs it.
+
+| task | needs | result |
+| --- | --- | --- |
+| latency | subjects | samples_ms: a list per subject, warmup_runs |
+| memory | one subject | peak_memory_bytes |
+| predict | subjects, images: name of a .npy file (N, C, H, W) | outputs: an array per subject |
+| facts | runtime, or null | the hardware, and the runtime's version |
+| busy | | busy_cores |
+
+A subject is {"runtime", "file": name}. Where it fails the result is {"error": one line}.
 """
 
 from __future__ import annotations
 
+import base64
+import importlib
 import json
+import os
 import resource
+import shutil
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from bevel.core import hardware
+from bevel.core.errors import BevelError, MeasurementError, one_line
 
-from bevel.core import plugins
-from bevel.core.errors import BevelError
+if TYPE_CHECKING:
+    import numpy as np
 
 WARMUP_RUNS = 20
 LEAST_RUNS = 100
 MOST_RUNS = 1000
 LEAST_SECONDS = 3.0
 MEMORY_RUNS = 5
+WATCH_SECONDS = 2.0
+
+Job = dict[str, Any]
+Result = dict[str, Any]
 
 
-def main(job_path: str, result_path: str) -> None:
-    """Carry out a job and write its result as JSON."""
-    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    result = {"latency": _latency, "memory": _memory}[job["task"]](job)
-    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+def run() -> None:
+    """Carry out the job that the command line names; a failure is the result, and exit code 1."""
+    job_path, result_path = map(Path, sys.argv[1:3])
+    result = outcome(json.loads(job_path.read_text(encoding="utf-8")))
+    part = result_path.with_name(result_path.name + ".part")
+    part.write_text(json.dumps(result), encoding="utf-8")
+    part.replace(result_path)  # so that whoever waits for it finds it whole
+    sys.exit("error" in result)
 
 
-def _latency(job: dict[str, Any]) -> dict[str, Any]:
+def outcome(job: Job) -> Result:
+    """The result of a job, or why there is none."""
+    try:
+        if "watch" in job:
+            threading.Thread(target=_watch, args=(job["watch"],), daemon=True).start()
+        return TASKS[job["task"]](job)
+    except BevelError as error:
+        return {"error": str(error)}
+    except ModuleNotFoundError as error:
+        package = (error.name or "?").split(".")[0].replace("_", "-")
+        return {
+            "error": f"the package '{package}' is not installed for {sys.executable} there: "
+            f"{sys.executable} -m pip install {package}"
+        }
+    except Exception as error:  # noqa: BLE001 - whatever it was, its reason must reach the host
+        return {"error": one_line(f"{type(error).__name__}: {error}")}
+
+
+def _watch(watch: dict[str, Any]) -> None:
+    """End this process, and remove the job's folder, once nobody asks for the job any more.
+
+    `watch` has the folder, the file in it whose time whoever waits renews, and for how many seconds
+    that may be left out.
+    """
+    folder = Path(watch["folder"])
+    while True:
+        time.sleep(WATCH_SECONDS)
+        try:
+            idle = time.time() - (folder / watch["file"]).stat().st_mtime
+        except FileNotFoundError:  # whoever waited has cleaned up
+            idle = float("inf")
+        if idle > watch["seconds"]:
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(1)
+
+
+def _latency(job: Job) -> Result:
     """Time every artifact once per round, so that all meet the same moods of the machine."""
-    subjects = [_open(subject, job["threads"]) for subject in job["subjects"]]
+    subjects = [(session, _inputs(session)) for session in _sessions(job)]
     for session, inputs in subjects:
         for _ in range(WARMUP_RUNS):
             session.run(inputs)
@@ -51,25 +111,93 @@ def _latency(job: dict[str, Any]) -> dict[str, Any]:
     return {"samples_ms": samples, "warmup_runs": WARMUP_RUNS}
 
 
-def _memory(job: dict[str, Any]) -> dict[str, Any]:
+def _memory(job: Job) -> Result:
     """Peak memory of this process after loading and running the only artifact."""
-    session, inputs = _open(job["subjects"][0], job["threads"])
+    (session,) = _sessions(job)
+    inputs = _inputs(session)
     for _ in range(MEMORY_RUNS):
         session.run(inputs)
     return {"peak_memory_bytes": _peak_bytes()}
 
 
-def _open(subject: dict[str, Any], threads: int) -> tuple[Any, list[np.ndarray]]:
-    """A session, and random inputs for one image."""
-    session = plugins.load("runtimes", subject["runtime"]).open_session(
-        Path(subject["path"]), threads
-    )
+def _predict(job: Job) -> Result:
+    """First output of every artifact for the images, as base64 of its bytes."""
+    import numpy as np
+
+    images = np.load(job["files"][job["images"]], allow_pickle=False)
+    return {"outputs": [_encoded(run_batch(session, images)) for session in _sessions(job)]}
+
+
+def _facts(job: Job) -> Result:
+    name = job["runtime"]
+    version = load_runtime(name).version() if name is not None else None
+    return {**hardware.describe(), "runtime_version": version}
+
+
+def _busy(_: Job) -> Result:
+    return {"busy_cores": hardware.busy_cores()}
+
+
+TASKS = {
+    "latency": _latency,
+    "memory": _memory,
+    "predict": _predict,
+    "facts": _facts,
+    "busy": _busy,
+}
+
+
+def load_runtime(name: str) -> Any:
+    """The runtime's module, as it was packed."""
+    return importlib.import_module(f"bevel.runtimes.{name}")
+
+
+def run_batch(session: Any, images: np.ndarray) -> np.ndarray:
+    """First output for a batch of images; a file with a fixed batch size gets them in turn."""
+    import numpy as np
+
+    size = session.inputs[0].shape[0]
+    if not isinstance(size, int) or size == len(images):
+        first: np.ndarray = session.run([images])[0]
+        return first
+    if size != 1:
+        raise MeasurementError(f"the file takes {size} images at a time, got {len(images)}")
+    return np.concatenate([session.run([images[i : i + 1]])[0] for i in range(len(images))])
+
+
+def _encoded(array: np.ndarray) -> dict[str, Any]:
+    data = base64.b64encode(array.tobytes()).decode("ascii")
+    return {"shape": array.shape, "dtype": str(array.dtype), "data": data}
+
+
+def decoded(output: dict[str, Any]) -> np.ndarray:
+    """An array of a result."""
+    import numpy as np
+
+    flat = np.frombuffer(base64.b64decode(output["data"]), dtype=output["dtype"])
+    return flat.reshape(output["shape"])
+
+
+def _sessions(job: Job) -> list[Any]:
+    """A session per subject."""
+    return [
+        load_runtime(subject["runtime"]).open_session(
+            Path(job["files"][subject["file"]]), job["threads"]
+        )
+        for subject in job["subjects"]
+    ]
+
+
+def _inputs(session: Any) -> list[Any]:
+    """Random inputs for one image."""
+    import numpy as np  # not at the top: the facts can be told without it
+
     random = np.random.default_rng(0)
-    inputs = []
-    for signature in session.inputs:
-        shape = [size if isinstance(size, int) else 1 for size in signature.shape]
-        inputs.append(random.standard_normal(shape).astype(signature.dtype))
-    return session, inputs
+    shapes = [[s if isinstance(s, int) else 1 for s in known.shape] for known in session.inputs]
+    return [
+        random.standard_normal(shape).astype(known.dtype)
+        for shape, known in zip(shapes, session.inputs, strict=True)
+    ]
 
 
 def _peak_bytes() -> int:
@@ -81,10 +209,3 @@ def _peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BevelError as error:
-        sys.exit(str(error))

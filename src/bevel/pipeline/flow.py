@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.progress import note
-from bevel.core.recipe import PruneStep, Recipe, Target, TrainStep
+from bevel.core.recipe import PruneStep, QatStep, Recipe, Target, TrainStep
 from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.data.metrics import evaluate
+from bevel.devices import split_address
 from bevel.finetuning.train import finetune
 from bevel.graph.couplings import analyze
-from bevel.measurement.bench import Subject, measure_all
+from bevel.measurement.bench import Subject, images_for, measure_all
+from bevel.measurement.doctor import diagnose_all
+from bevel.measurement.parity import evaluate_artifacts
+from bevel.measurement.shipping import choose
 from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
+from bevel.pipeline.int8 import fall_back, train_for_int8
 from bevel.pruning.apply import load_pruned, prune, read_metadata, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.planning import LabelledBatches, plan_pruning
@@ -122,6 +127,8 @@ class Flow:
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
             model, numbers = self._prune(model, settings)
+        elif isinstance(settings, QatStep):
+            model, numbers = self._train_for_int8(name, model, settings, original)
         else:
             model, numbers = self._train(name, verb, model, settings, original)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +155,26 @@ class Flow:
             "execution": trained.execution,
         }
         return Model(trained.net, model.plan), numbers
+
+    def _train_for_int8(
+        self, name: str, model: Model, settings: QatStep, original: Model
+    ) -> tuple[Model, Numbers]:
+        net, trained = train_for_int8(
+            model.net,
+            self.example,
+            self.data,
+            settings,
+            self.recipe,
+            teacher=original.net if settings.distill is not None else None,
+            folder=self.folder.step_folder(name) / "training",
+        )
+        numbers = {
+            "history": trained.history,
+            "validation_top1_int8": trained.history[-1]["validation_top1"],
+            "validation_top1": self._validate(net),
+            "execution": trained.execution,
+        }
+        return Model(net, model.plan), numbers
 
     def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
@@ -187,28 +214,51 @@ class Flow:
     # -- artifacts ------------------------------------------------------------------------
 
     def _export(self, networks: dict[str, nn.Module]) -> dict[tuple[str, str, str], Artifact]:
-        """Each runtime's float32 original, and what the targets ask of the compressed network."""
-        wanted = {("original", target.runtime, "float32"): None for target in self.recipe.targets}
-        wanted |= {("compressed", t.runtime, t.precision): None for t in self.recipe.targets}
+        """The files of all targets."""
         artifacts: dict[tuple[str, str, str], Artifact] = {}
-        for number, key in enumerate(wanted, start=len(self.recipe.steps) + 1):
+        for number, key in enumerate(
+            files_of(self.recipe.targets), start=len(self.recipe.steps) + 1
+        ):
             label, runtime, precision = key
             name = f"{number:02d}-export-{label}-{runtime}-{precision}"
             path = self._artifact_path(label, runtime, precision)
             if self.folder.finished(name) is None:
                 begun = time.perf_counter()
-                artifact = export(
-                    networks[label],
-                    self.example,
-                    runtime=runtime,
-                    precision=precision,
-                    calibration=self._calibration() if precision == "int8" else None,
-                    path=path,
-                )
-                numbers = {"artifact": artifact.model_dump(mode="json")}
+                numbers = self._export_one(networks[label], runtime, precision, path)
                 self.folder.finish(name, "export", time.perf_counter() - begun, numbers, [path])
             artifacts[key] = open_artifact(path)
         return artifacts
+
+    def _export_one(self, net: nn.Module, runtime: str, precision: str, path: Path) -> Numbers:
+        """Write a file; returns what is recorded of it."""
+        options, calibration, fallback = self.recipe.quantization, None, None
+        if precision == "int8":
+            calibration = self._calibration()
+            options, fallback = fall_back(
+                net,
+                self.example,
+                runtime,
+                options,
+                calibration=calibration,
+                validation=self.data.batches("validation"),
+            )
+        artifact = export(
+            net,
+            self.example,
+            runtime=runtime,
+            precision=precision,
+            calibration=calibration,
+            quantization=options,
+            path=path,
+        )
+        numbers: Numbers = {"artifact": artifact.model_dump(mode="json")}
+        if fallback is not None:
+            numbers["fallback"] = fallback
+        if precision != "float32":  # in float32 it is that of the step before
+            batches = self.data.batches("validation")
+            ((accuracy, _),) = evaluate_artifacts([(artifact, None)], batches, "validation")
+            numbers["validation_top1"] = accuracy.top1
+        return numbers
 
     def _artifact_path(self, label: str, runtime: str, precision: str) -> Path:
         name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
@@ -222,18 +272,31 @@ class Flow:
         measurements: list[Measurement] = []
         for device, threads in places:
             here = [t for t in self.recipe.targets if (t.device, t.threads) == (device, threads)]
-            keys = {("original", t.runtime, "float32"): None for t in here}
-            keys |= {("compressed", t.runtime, t.precision): None for t in here}
             begun = time.perf_counter()
             measurements += measure_all(
-                [Subject(key[0], artifacts[key], networks[key[0]]) for key in keys],
+                [Subject(key[0], artifacts[key], networks[key[0]]) for key in files_of(here)],
                 device=device,
                 threads=threads,
-                batches=self.data.batches("test"),
+                batches=self.data.batches("test", limit=images_for(device)),
                 split="test",
             )
             note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
-        self.folder.update(measurements=measurements)
+        diagnoses = diagnose_all(measurements, self.example[:1])
+        shipments = choose(measurements, diagnoses, self.recipe.quantization.accuracy_drop)
+        self.folder.update(measurements=measurements, diagnoses=diagnoses, shipments=shipments)
+
+
+def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
+    """(network, runtime, precision) of the files that targets need.
+
+    The float32 file of both networks is always among them: the original's is what speed is
+    compared with, the compressed one's is shipped where int8 is no faster.
+    """
+    found: dict[tuple[str, str, str], None] = {}
+    for label in ("original", "compressed"):
+        found |= {(label, target.runtime, "float32"): None for target in targets}
+    found |= {("compressed", target.runtime, target.precision): None for target in targets}
+    return list(found)
 
 
 def plan_step(
@@ -280,4 +343,4 @@ def check_names(recipe: Recipe) -> None:
             plugins.find("allocators", step.prune.allocate)
     for target in recipe.targets:
         load_runtime(target.runtime, target.precision)
-        plugins.find("devices", target.device)
+        plugins.find("devices", split_address(target.device)[0])

@@ -8,8 +8,9 @@ scale, except where it joins several; an activation function is fused into the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,6 +20,8 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
     SharedQuantizationSpec,
 )
+
+from bevel.quantization.keeping import drop_annotations
 
 aten = torch.ops.aten
 
@@ -38,6 +41,7 @@ OWN_SCALE = (
     aten.avg_pool2d.default,
     aten.mean.dim,
     aten.sigmoid.default,
+    aten.hardsigmoid.default,
     aten.leaky_relu.default,
     aten.leaky_relu_.default,
 )
@@ -57,6 +61,15 @@ MOVEMENT = (
 )
 
 
+GATES = {
+    aten.silu.default: aten.sigmoid.default,
+    aten.silu_.default: aten.sigmoid.default,
+    aten.hardswish.default: aten.hardsigmoid.default,
+    aten.hardswish_.default: aten.hardsigmoid.default,
+}
+"""Activation functions that are x * gate(x): gate and product have integer kernels, they do not."""
+
+
 @dataclass(frozen=True)
 class IntegerTypes:
     """How activations and weights become integers, as a runtime is fast with it."""
@@ -66,11 +79,21 @@ class IntegerTypes:
 
 
 class FusingQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
-    """Annotates every operator that has an integer kernel."""
+    """Annotates every operator that has an integer kernel.
 
-    def __init__(self, types: IntegerTypes) -> None:
+    Args:
+        types: what activations and weights become.
+        keep_float: module names (globs) that stay in float, with all that they hold.
+    """
+
+    def __init__(self, types: IntegerTypes, keep_float: Sequence[str] = ()) -> None:
         super().__init__()
-        self.types = types
+        self.types, self.keep_float = types, tuple(keep_float)
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Write SiLU and hard swish as the product that they are."""
+        split_gates(model)
+        return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Attach an annotation to each node, in graph order."""
@@ -92,6 +115,7 @@ class FusingQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
                 _annotate(node, own, self.types.activations)
             elif node.target in MOVEMENT:
                 self._share(node, _tensor(node, 0))
+        drop_annotations(model, self.keep_float)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -127,6 +151,23 @@ class FusingQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             isinstance(operand, Node) and operand.op in ("call_function", "placeholder")
             for operand in operands
         )
+
+
+def split_gates(model: GraphModule, gates: Mapping[Any, Any] = GATES) -> None:
+    """Replace each activation function in `gates` by its gate and a product, in place."""
+    for node in list(model.graph.nodes):
+        if node.target not in gates:
+            continue
+        source = _tensor(node, 0)
+        if str(node.target).endswith("_.default") and len(source.users) > 1:
+            continue  # others may read what it overwrites
+        with model.graph.inserting_before(node):
+            gate = model.graph.call_function(gates[node.target], (source,))
+            product = model.graph.call_function(aten.mul.Tensor, (source, gate))
+        gate.meta, product.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(product)
+        model.graph.erase_node(node)
+    model.recompile()
 
 
 def _tensor(node: Node, index: int) -> Node:

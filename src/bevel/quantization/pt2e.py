@@ -13,28 +13,77 @@ from torch.fx import GraphModule
 from bevel.core.errors import FORWARD_FAULTS, ExportError, one_line
 from bevel.core.progress import track
 from bevel.core.quiet import quiet
+from bevel.core.recipe import Quantization
 from bevel.graph.program import fixed_batch
 
+CORRECTION_IMAGES = 256
+"""Images that the errors of biases are averaged over."""
 
-def quantize(program: ExportedProgram, quantizer: Any, calibration: Iterable[Any]) -> GraphModule:
+
+def quantize(
+    program: ExportedProgram,
+    quantizer: Any,
+    calibration: Iterable[Any],
+    options: Quantization | None = None,
+    *,
+    fold_weights: bool = True,
+) -> GraphModule:
     """A network that computes what the int8 file will compute, in torch.
 
-    `quantizer` is a torchao `Quantizer`; `calibration` yields batches (see `inputs_of`), which are
-    cut to pieces of the program's batch size where that is fixed. Scale and zero point of each
-    tensor are those of its observer.
+    Scale and zero point of each tensor are those of its observer, which the quantizer's types
+    name (`u8s8(options.observer)`).
+
+    Args:
+        program: a traced network.
+        quantizer: a torchao `Quantizer`: bevel's `FusingQuantizer`, or a runtime's own.
+        calibration: re-iterable batches (see `inputs_of`), which are cut to pieces of the
+            program's batch size where that is fixed.
+        options: what is done besides; the modules in `keep_float` stay in float.
+        fold_weights: store weights as integers; without it as float, followed by Quantize.
 
     Raises:
         ExportError: calibration is empty, or its batches do not fit the network.
     """
-    with quiet():  # not around calibration, which shows its progress
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-        prepared = prepare_pt2e(program.module(), quantizer)
-    count = len(program.graph_signature.user_inputs)
-    _calibrate(prepared, calibration, count, fixed_batch(program))
+    prepared = calibrated(program, quantizer, calibration, options)
     with quiet():
-        converted: GraphModule = convert_pt2e(prepared)
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        converted: GraphModule = convert_pt2e(prepared, fold_quantize=fold_weights)
     return converted
+
+
+def calibrated(
+    program: ExportedProgram,
+    quantizer: Any,
+    calibration: Iterable[Any],
+    options: Quantization | None = None,
+) -> GraphModule:
+    """The network in float, with an observer that knows the range at every tensor to quantize.
+
+    As `quantize`, which goes on from here.
+    """
+    options = options or Quantization()
+    with quiet():  # not around calibration, which shows its progress
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+        from bevel.quantization import weights
+        from bevel.quantization.keeping import KeepingFloat
+
+        module = program.module()
+    if options.equalize:
+        weights.fold_batch_norms(module)
+        weights.equalize(module)
+    with quiet():
+        if options.keep_float:
+            quantizer = KeepingFloat(quantizer, options.keep_float)
+        prepared: GraphModule = prepare_pt2e(module, quantizer)
+    count = len(program.graph_signature.user_inputs)
+    static_batch = fixed_batch(program)
+    _calibrate(prepared, calibration, count, static_batch)
+    if options.correct_bias:
+        pieces = _pieces(calibration, count, static_batch, CORRECTION_IMAGES)
+        weights.correct_biases(prepared, track(pieces, "correct biases", len(pieces)))
+    return prepared
 
 
 def inputs_of(batch: Any, count: int) -> tuple[Tensor, ...]:
@@ -81,6 +130,18 @@ def _calibrate(
             + (f" (whole batches of {static_batch})" if static_batch else "")
             + "; give a list or another collection that can be read more than once"
         )
+
+
+def _pieces(
+    calibration: Iterable[Any], count: int, static_batch: int | None, images: int
+) -> list[tuple[Tensor, ...]]:
+    """The first images of the calibration, as inputs of the network."""
+    found: list[tuple[Tensor, ...]] = []
+    for batch in calibration:
+        if sum(len(piece[0]) for piece in found) >= images:
+            break
+        found += _chunks(inputs_of(batch, count), static_batch)
+    return found
 
 
 def _chunks(inputs: tuple[Tensor, ...], static_batch: int | None) -> Iterator[tuple[Tensor, ...]]:

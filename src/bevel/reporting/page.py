@@ -9,6 +9,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+import bevel.reporting.diagnosis as doctor
 import bevel.reporting.sections as sections
 from bevel.core.records import RunRecord
 from bevel.reporting.charts import charts
@@ -28,6 +29,7 @@ def html(record: RunRecord) -> str:
         columns=COLUMNS,
         table=table(record),
         sections=sections,
+        doctor=doctor,
         record=record,
         charts=list(figures),
         figures=_script_data(figures),

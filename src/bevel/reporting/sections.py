@@ -12,13 +12,31 @@ def steps(record: RunRecord) -> list[list[str]]:
     """Per step: number and verb, validation accuracy, MACs, parameters, time."""
     return [
         [
-            f"{position} {step.verb}",
+            f"{position} {_what(step)}",
             percent(step.numbers.get("validation_top1"), 2),
             count(step.numbers.get("macs")),
             count(step.numbers.get("params")),
             duration(step.seconds),
         ]
         for position, step in enumerate(record.steps, start=1)
+    ]
+
+
+def _what(step: StepRecord) -> str:
+    """Its verb; of an export also which file: compressed int8 (onnxruntime)."""
+    artifact = step.numbers.get("artifact")
+    if not artifact:
+        return step.verb
+    label = str(artifact["path"]).rpartition("/")[2].partition("-")[0]
+    return f"{step.verb} {label} {artifact['precision']} ({artifact['runtime']})"
+
+
+def fallbacks(record: RunRecord) -> list[str]:
+    """Per int8 export with an accuracy limit: which layers stay in float and why."""
+    return [
+        f"{_what(step)}: {step.numbers['fallback']['summary']}"
+        for step in record.steps
+        if step.numbers.get("fallback")
     ]
 
 

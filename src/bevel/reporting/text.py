@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import yaml
 
+import bevel.reporting.diagnosis as doctor
 import bevel.reporting.sections as sections
 from bevel.core.records import RunRecord
 from bevel.reporting.summary import COLUMNS, table
@@ -18,6 +19,8 @@ def markdown(record: RunRecord) -> str:
         sections.headline(record),
         markdown_table(COLUMNS, table(record)),
     ]
+    if record.shipments:
+        blocks += ["## Ship", markdown_table(doctor.SHIPMENTS, doctor.shipments(record))]
     warnings = sections.warnings(record)
     if warnings:
         blocks += ["## Warnings", bullets(warnings)]
@@ -45,7 +48,11 @@ def markdown(record: RunRecord) -> str:
     notes = sections.notes(record)
     if notes:
         blocks += ["## Channels that stay", bullets(notes)]
+    fallbacks = sections.fallbacks(record)
+    if fallbacks:
+        blocks += ["## Layers that stay in float", bullets(fallbacks)]
     blocks += _measured(record)
+    blocks += _diagnosed(record)
     blocks += ["## Machine and versions", markdown_table(("", ""), sections.facts(record))]
     recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)
     blocks += ["## Recipe", f"```yaml\n{recipe}```"]
@@ -66,6 +73,20 @@ def _measured(record: RunRecord) -> list[str]:
         "## How it was measured",
         bullets(sections.methods(record)),
     ]
+
+
+def _diagnosed(record: RunRecord) -> list[str]:
+    """Per diagnosed file: the answer, the reasons and the operators."""
+    blocks = ["## Doctor"] if record.diagnoses else []
+    for diagnosis in record.diagnoses:
+        blocks += [
+            f"### {_escape(doctor.title(diagnosis))}",
+            _escape(f"{diagnosis.verdict}."),
+            bullets(doctor.findings(diagnosis)),
+            markdown_table(("", ""), doctor.facts(diagnosis)),
+            markdown_table(doctor.KINDS, doctor.kinds(diagnosis)),
+        ]
+    return blocks
 
 
 def markdown_table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:

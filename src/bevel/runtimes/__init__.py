@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from bevel.core import plugins
 from bevel.core.errors import ExportError, MeasurementError, one_line
 from bevel.core.files import atomic, sha256, write_text
+from bevel.core.recipe import Quantization
 from bevel.core.records import Artifact, TensorSignature
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ class Runtime(Protocol):
     """What a runtime's module offers.
 
     It may also have `channel_step(precision) -> int`: the number whose multiples are the widths
-    that it runs fast.
+    that it runs fast; `operators(path) -> list[Operator]`: what the file holds, in order; and
+    `profile(path, arrays, threads) -> dict[str, float]`: milliseconds per run by operator name,
+    from the runtime's own profiler; `quantizer(options)`: the torchao quantizer that says what its
+    int8 is, for training and for choosing layers that stay in float. A runtime that is not
+    installed where files are written has `signature(path)`: inputs and outputs of a file, told
+    without running it.
     """
 
     SUFFIX: str
@@ -57,6 +63,7 @@ class Runtime(Protocol):
         *,
         precision: str,
         calibration: Iterable[Any] | None,
+        quantization: Quantization,
         path: Path,
     ) -> str | None:
         """Write the file; return which quantizer made it, with which types, if any."""
@@ -108,6 +115,7 @@ def export(
     runtime: str = "onnxruntime",
     precision: str = "float32",
     calibration: Iterable[Any] | None = None,
+    quantization: Quantization | None = None,
     path: Path | str,
 ) -> Artifact:
     """Write a network as a file that the runtime runs, and `FILE.json` beside it.
@@ -119,9 +127,10 @@ def export(
         example_inputs: a tensor or the forward's positional tensors, batch first. The file takes
             any batch size where the network allows it, else one image at a time.
         runtime: see `bevel list runtimes`.
-        precision: float32, or int8 where the runtime has it.
+        precision: float32, or another that the runtime has.
         calibration: re-iterable batches of images (N, C, H, W), or tuples that start with one;
             int8 takes its ranges from them.
+        quantization: how float becomes int8; default: see `Quantization`.
         path: the file to write; it appears whole or not at all.
 
     Raises:
@@ -137,18 +146,23 @@ def export(
     try:
         with atomic(path) as temporary:
             quantizer = plugin.export(
-                net, inputs, precision=precision, calibration=calibration, path=temporary
+                net,
+                inputs,
+                precision=precision,
+                calibration=calibration,
+                quantization=quantization or Quantization(),
+                path=temporary,
             )
-            session = plugin.open_session(temporary, 1)
+            taken, given = _signature(plugin, temporary)
             artifact = Artifact(
                 path=path.name,
                 runtime=runtime,
                 precision=precision,
-                inputs=session.inputs,
-                outputs=session.outputs,
+                inputs=taken,
+                outputs=given,
                 size_bytes=temporary.stat().st_size,
                 sha256=sha256(temporary),
-                quantizer=quantizer,
+                quantizer=_with_kept(quantizer, quantization),
             )
         write_text(sidecar(path), artifact.model_dump_json(indent=1) + "\n")
     except OSError as error:
@@ -159,6 +173,23 @@ def export(
             "its permissions"
         ) from error
     return artifact.model_copy(update={"path": str(path)})
+
+
+def _signature(plugin: Any, path: Path) -> tuple[list[TensorSignature], list[TensorSignature]]:
+    """Inputs and outputs of a file: by loading it, unless the runtime can tell without."""
+    if hasattr(plugin, "signature"):
+        inputs, outputs = plugin.signature(path)
+    else:
+        session = plugin.open_session(path, 1)
+        inputs, outputs = session.inputs, session.outputs
+    return list(inputs), list(outputs)
+
+
+def _with_kept(quantizer: str | None, options: Quantization | None) -> str | None:
+    """The quantizer's description, with the layers that were left in float."""
+    if quantizer is None or options is None or not options.keep_float:
+        return quantizer
+    return f"{quantizer}; in float: {', '.join(options.keep_float)}"
 
 
 def _is_about(error: OSError, path: Path) -> bool:

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from bevel.core.errors import ExportError, one_line
 from bevel.core.quiet import quiet
+from bevel.runtimes._onnx_forms import pool_globally
 
 TRACE_HINT = "See the stack trace for more information."
 """Ends the exporter's messages; only `--debug` shows the trace."""
@@ -17,6 +18,15 @@ TRACE_HINT = "See the stack trace for more information."
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Convert and write; the same program gives the same bytes.
+
+    Raises:
+        ExportError: an operator has no ONNX form.
+    """
+    save(convert(program), path)
+
+
+def convert(program: ExportedProgram) -> onnx.ModelProto:
+    """The program as an ONNX model, still with torch's notes on where each node comes from.
 
     Raises:
         ExportError: an operator has no ONNX form.
@@ -40,6 +50,12 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
         ) from error
     if model is None:
         raise ExportError("torch.onnx.export gave no model for this network")
+    pool_globally(model)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check the model and write it, without notes."""
     _strip(model)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))

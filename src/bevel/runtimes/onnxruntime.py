@@ -1,7 +1,12 @@
-"""ONNX Runtime: float32, and int8 in Quantize/Dequantize form.
+"""ONNX Runtime: float32, int8 in Quantize/Dequantize form, and weights alone in int8.
 
 On x86 uint8 activations with int8 weights are the fast form; int8 activations are slower than
 float there. Arm is fast with both, so one file serves both.
+
+int8-weights is a smaller file that runs as fast as float32 and no faster, in as much memory: the
+runtime has no kernel for convolutions of float images with int8 weights, so they become float again
+once, while it loads the file. There is no float16: on the CPU it converts every tensor to
+float32 and back.
 """
 
 from __future__ import annotations
@@ -14,14 +19,16 @@ import numpy as np
 import onnxruntime
 
 from bevel.core.errors import MeasurementError, one_line
-from bevel.core.quiet import quiet
-from bevel.core.records import TensorSignature
+from bevel.core.signature import TensorSignature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from bevel.core.recipe import Quantization
+    from bevel.core.records import Operator
+
 SUFFIX = ".onnx"
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "int8", "int8-weights")
 TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64"}
 FAULTS = (
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,
@@ -46,31 +53,81 @@ def channel_step(precision: str) -> int:
     return 16 if precision == "int8" else 8
 
 
+def quantizer(options: Quantization) -> Any:
+    """The torchao quantizer that says what becomes int8, in bevel's int8 files."""
+    from bevel.core.quiet import quiet
+
+    with quiet():  # torchao talks while it is imported
+        from bevel.quantization.annotate import FusingQuantizer
+        from bevel.quantization.ranges import u8s8
+
+    return FusingQuantizer(u8s8(options.observer))
+
+
 def export(
     net: nn.Module,
     example_inputs: tuple[Tensor, ...],
     *,
     precision: str,
     calibration: Iterable[Any] | None,
+    quantization: Quantization,
     path: Path,
 ) -> str | None:
     """Write an ONNX file; see `bevel.export`."""
-    from bevel.graph.program import export_program, fixed_batch
-    from bevel.runtimes._onnx_file import write_onnx
+    from bevel.graph.program import export_program
+    from bevel.runtimes import _onnx_file
 
     program = export_program(net, example_inputs)
     if precision == "float32":
-        write_onnx(program, path)
+        _onnx_file.write_onnx(program, path)
         return None
-    with quiet():  # torchao talks while it is imported
-        from bevel.quantization.annotate import FusingQuantizer
-        from bevel.quantization.pt2e import quantize
-        from bevel.quantization.ranges import u8s8
+    if precision == "int8-weights":
+        from bevel.runtimes._onnx_forms import pack_weights
 
-    converted = quantize(program, FusingQuantizer(u8s8()), calibration or ())
-    program = export_program(converted, example_inputs, dynamic=fixed_batch(program) is None)
-    write_onnx(program, path)
-    return "torchao PT2E: uint8 activations per tensor (min-max), int8 weights per channel"
+        model = _onnx_file.convert(program)
+        pack_weights(model, quantization.keep_float)
+        _onnx_file.save(model, path)
+        return "int8 weights per channel, symmetric; arithmetic in float32"
+    from bevel.runtimes._onnx_int8 import write_int8
+
+    return write_int8(program, example_inputs, calibration or (), quantization, path)
+
+
+def operators(path: Path) -> list[Operator]:
+    """What ONNX Runtime makes of the file on this machine; see `_onnx_operators`."""
+    from bevel.runtimes._onnx_operators import list_operators
+
+    return list_operators(path)
+
+
+def profile(path: Path, arrays: Sequence[np.ndarray], threads: int) -> dict[str, float]:
+    """Median milliseconds per run of each operator, by name, from its own profiler."""
+    from bevel.runtimes._onnx_operators import profile_operators
+
+    return profile_operators(path, arrays, threads)
+
+
+def session_options(threads: int) -> Any:
+    """How a session runs: these threads, on the CPU, without a word."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return options
+
+
+def load(path: Path, options: Any) -> Any:
+    """An ONNX Runtime session.
+
+    Raises:
+        MeasurementError: the file is no ONNX model that this version runs.
+    """
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except FAULTS as error:
+        raise MeasurementError(
+            f"ONNX Runtime cannot load {path}: {one_line(error, 160)}"
+        ) from error
 
 
 class OnnxSession:
@@ -80,19 +137,8 @@ class OnnxSession:
         MeasurementError: the file is no ONNX model that this version runs.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except FAULTS as error:
-            raise MeasurementError(
-                f"ONNX Runtime cannot load {path}: {one_line(error, 160)}"
-            ) from error
+    def __init__(self, path: Path, threads: int, session: Any = None) -> None:
+        self._session = session or load(path, session_options(threads))
         self.inputs = [_signature(node) for node in self._session.get_inputs()]
         self.outputs = [_signature(node) for node in self._session.get_outputs()]
 
@@ -106,6 +152,11 @@ class OnnxSession:
         except FAULTS as error:
             raise MeasurementError(f"ONNX Runtime cannot run it: {one_line(error, 160)}") from error
         return outputs
+
+    def end_profiling(self) -> str:
+        """Where the profile lies, if the session was loaded with profiling."""
+        path: str = self._session.end_profiling()
+        return path
 
 
 def open_session(path: Path, threads: int) -> OnnxSession:
