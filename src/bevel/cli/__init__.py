@@ -15,7 +15,7 @@ import typer
 import typer.main
 
 from bevel import __version__
-from bevel.cli import doctor, files, listing, package, runs
+from bevel.cli import doctor, exported, files, listing, package, runs
 from bevel.cli.console import interrupted, say_error
 from bevel.core.errors import BevelError, one_line
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 runs.register(app)
 files.register(app)
+exported.register(app)
 doctor.register(app)
 package.register(app)
 listing.register(app)

@@ -1,4 +1,4 @@
-"""One verb per stage on files: prune, verify, finetune, export, measure."""
+"""One verb per stage on networks in files: prune, verify, finetune."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bevel.core import plugins
 from bevel.core import recipe as recipes
 from bevel.core.errors import ProofError, RecipeError
 from bevel.core.files import sha256
-from bevel.core.recipe import FinetuneStep, PruneStep, Quantization, Recipe
+from bevel.core.recipe import FinetuneStep, PruneStep, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +91,7 @@ Program = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (prune, verify, finetune, export, measure):
+    for command in (prune, verify, finetune):
         app.command()(command)
 
 
@@ -335,150 +335,6 @@ def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> 
         raise RecipeError(f"--lr {lr}: expected more than 0")
     given = {"epochs": epochs, "lr": lr}
     return steps[-1].model_copy(update={k: v for k, v in given.items() if v is not None})
-
-
-def export(
-    model: Model,
-    out: Out,
-    runtime: Runtime = "onnxruntime",
-    precision: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16, int8 or int8-weights.")
-    ] = "float32",
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="For its data: int8 is calibrated on images.")
-    ] = None,
-    overrides: Set = None,
-    factory: Factory = None,
-    checkpoint: Checkpoint = None,
-    arguments: Arguments = None,
-    input_shape: Input = None,
-    quantizer: Annotated[
-        str | None, typer.Option(help="torch, native or auto; over the recipe's.")
-    ] = None,
-    observer: Annotated[
-        str | None, typer.Option(help="minmax, percentile or mse; over the recipe's.")
-    ] = None,
-    keep_float: Annotated[
-        list[str] | None,
-        typer.Option(help="Modules (globs) that stay in float. May be repeated."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Export a network for a runtime, quantized if asked; writes FILE and FILE.json.
-
-    With a recipe, its quantization section says how, accuracy_drop included.
-    """
-    networks.check_output(out)
-    source = networks.read_recipe(recipe, overrides)
-    options = _quantization(source, quantizer, observer, keep_float)
-    if precision == "int8" and source is None:
-        raise RecipeError("int8 is calibrated on images: give --recipe with a data section")
-    with console.working(quiet_stdout=json):
-        import bevel
-
-        network = networks.open_network(
-            model,
-            factory=factory,
-            arguments=arguments,
-            checkpoint=checkpoint,
-            input_shape=input_shape,
-        )
-        calibration = None
-        if source is not None and precision != "float32":
-            data = networks.fitting_data(source, network.net)
-            calibration = data.batches("train", limit=source.calibration.images)
-            if precision == "int8":
-                from bevel.pipeline.int8 import fall_back
-
-                options, _ = fall_back(
-                    network.net,
-                    network.example(),
-                    runtime,
-                    options,
-                    calibration=calibration,
-                    validation=data.batches("validation"),
-                )
-        artifact = bevel.export(
-            network.net,
-            network.example(),
-            runtime=runtime,
-            precision=precision,
-            calibration=calibration,
-            quantization=options,
-            path=out,
-        )
-    if json:
-        console.print_json(artifact.model_dump(mode="json"))
-    else:
-        console.print_text(f"{out}: {artifact.size_bytes:,} bytes, sha256 {artifact.sha256}")
-
-
-def _quantization(
-    source: Recipe | None,
-    quantizer: str | None,
-    observer: str | None,
-    keep_float: list[str] | None,
-) -> Quantization:
-    """The recipe's quantization section with the options over it.
-
-    Raises:
-        RecipeError: an option is none of its choices.
-    """
-    from pydantic import ValidationError
-
-    given = {"quantizer": quantizer, "observer": observer, "keep_float": keep_float}
-    recorded = source.quantization.model_dump() if source is not None else {}
-    try:
-        return Quantization.model_validate(
-            recorded | {name: value for name, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise RecipeError(f"--{name}: {first['msg']}, got {first['input']!r}") from error
-
-
-def measure(
-    artifacts: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Files that bevel export wrote.")
-    ],
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Such as local or ssh:pi@raspberrypi.local; see: bevel list devices.",
-            **completing("devices"),
-        ),
-    ] = "local",
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="For its data: accuracy on the test images.")
-    ] = None,
-    overrides: Set = None,
-    json: Json = False,
-) -> None:
-    """Run exported files: latency (interleaved), memory and, with a recipe's data, accuracy."""
-    source = networks.read_recipe(recipe, overrides)
-    with console.working(quiet_stdout=json):
-        import bevel
-        from bevel.measurement.bench import Subject, images_for, measure_all
-        from bevel.runtimes import open_artifact
-
-        subjects = [Subject(str(path), open_artifact(path), None) for path in artifacts]
-        batches = None
-        if source is not None:
-            data = bevel.load_data(source.data, seed=source.seed)
-            batches = data.batches("test", limit=images_for(device))
-        found = measure_all(subjects, device=device, threads=threads, batches=batches)
-    if json:
-        console.print_json({"measurements": [m.model_dump(mode="json") for m in found]})
-        return
-    from bevel.reporting import MEASURED, measured
-
-    console.print_table(MEASURED, measured(found))
-    for measurement in found:
-        for warning in measurement.warnings:
-            console.say(f"warning: {measurement.label}: {warning}")
 
 
 def _validation(source: Recipe | None, net: nn.Module) -> Any:
