@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,10 @@ from bevel.runtimes import export, onnxruntime, tensorrt
 from bevel.testing.plugin import assert_readable
 from bevel.testing.runtimes import RuntimeContract, images, small_network
 
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is None, reason="another process needs TensorRT itself"
+)
+
 
 class TestTensorrt(RuntimeContract):
     """Its files run in ONNX Runtime here: the numbers are TensorRT's up to rounding."""
@@ -29,6 +34,18 @@ class TestTensorrt(RuntimeContract):
     def plugin(cls):
         own = {name: getattr(tensorrt, name) for name in dir(tensorrt) if name[0] != "_"}
         return SimpleNamespace(**{**own, "open_session": onnxruntime.open_session})
+
+    @needs_tensorrt
+    def test_a_process_of_its_own_is_silent_and_writes_the_same_bytes(
+        self, plugin, artifacts, tmp_path
+    ):
+        super().test_a_process_of_its_own_is_silent_and_writes_the_same_bytes(
+            plugin, artifacts, tmp_path
+        )
+
+    @needs_tensorrt
+    def test_files_run_where_bevel_is_not_installed(self, plugin, artifacts, tmp_path):
+        super().test_files_run_where_bevel_is_not_installed(plugin, artifacts, tmp_path)
 
     def test_states_its_version(self, plugin):
         """It has none where it is not installed, and says so."""

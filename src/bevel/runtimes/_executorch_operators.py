@@ -110,8 +110,9 @@ def list_operators(path: Path) -> list[Operator]:
 def profile_operators(path: Path, tensors: Sequence[Tensor]) -> dict[str, float]:
     """Median milliseconds per run by operator name.
 
-    XNNPACK names its events by kernel. They come in the order of the file, so each is taken for
-    the next operator of its kind; one that has none keeps its own name.
+    XNNPACK names its events by kernel. They come nearly in the order of the file, so each is taken
+    for the next operator of its kind, or else for the first that no event was taken for; one that
+    has none keeps its own name.
     """
     from executorch.devtools import Inspector
 
@@ -131,15 +132,16 @@ def profile_operators(path: Path, tensors: Sequence[Tensor]) -> dict[str, float]
     ]
     operators = list_operators(path)
     times: dict[str, float] = {}
-    position = 0
+    position, left = 0, list(range(len(operators)))
     for number, (event, milliseconds) in enumerate(events):
-        near = range(position, min(position + WINDOW, len(operators)))
-        match = next((i for i in near if _same(event, operators[i].kind)), None)
+        own = [i for i in left if _same(event, operators[i].kind)]
+        match = next((i for i in own if position <= i < position + WINDOW), next(iter(own), None))
         if match is None:
             times[f"{event} ({number})"] = milliseconds
-        else:
-            times[operators[match].name] = milliseconds
-            position = match + 1
+            continue
+        times[operators[match].name] = milliseconds
+        left.remove(match)
+        position = max(position, match + 1)
     return times
 
 
@@ -150,7 +152,7 @@ def _same(event: str, kind: str) -> bool:
     if plain in ("convolution", "fullyconnected", "deconvolution"):
         return kind == "fullyconnected" or ("conv" in kind and "convert" not in kind)
     if plain == "mean":
-        return "avgpool" in kind
+        return "avgpool" in kind or kind.startswith("mean")
     if plain == "invalidunaryop":
         return kind in {known.lower() for known in LOOKUPS}
     return kind in plain or plain in kind

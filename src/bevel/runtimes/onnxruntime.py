@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from bevel.core.errors import MeasurementError, one_line
+from bevel.core.quiet import quiet
 from bevel.core.signature import TensorSignature
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ def channel_step(precision: str) -> int:
 
 def quantizer(options: Quantization) -> Any:
     """The torchao quantizer that says what becomes int8, in bevel's int8 files."""
-    from bevel.core.quiet import quiet
-
     with quiet():  # torchao talks while it is imported
         from bevel.quantization.annotate import FusingQuantizer
         from bevel.quantization.ranges import u8s8
@@ -88,7 +87,8 @@ def export(
         pack_weights(model, quantization.keep_float)
         _onnx_file.save(model, path)
         return "int8 weights per channel, symmetric; arithmetic in float32"
-    from bevel.runtimes._onnx_int8 import write_int8
+    with quiet():  # torchao talks while it is imported
+        from bevel.runtimes._onnx_int8 import write_int8
 
     return write_int8(program, example_inputs, calibration or (), quantization, path)
 
