@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -124,37 +122,6 @@ def test_file_tells_nothing_of_where_it_was_made(precision, tmp_path):
     assert list(tmp_path.iterdir()) == [path, path.with_name("clean.onnx.json")] or {
         file.name for file in tmp_path.iterdir()
     } == {"clean.onnx", "clean.onnx.json"}
-
-
-def test_two_fresh_processes_write_the_same_bytes(tmp_path):
-    program = (
-        "import sys, bevel\n"
-        "from networks import EXAMPLE, Concat, randomise\n"
-        "for precision in ('float32', 'int8'):\n"
-        "    artifact = bevel.export(randomise(Concat()), EXAMPLE, precision=precision,\n"
-        "        calibration=[EXAMPLE], path=f'{sys.argv[1]}/{precision}.onnx')\n"
-        "    print(artifact.sha256)\n"
-    )
-    running = []
-    for seed in ("1", "2"):
-        folder = tmp_path / f"process{seed}"
-        folder.mkdir()
-        path = os.pathsep.join(item for item in sys.path if item)
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, str(folder)],
-                cwd=folder,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    (first, said), (second, said2) = (process.communicate(timeout=300) for process in running)
-    assert (said, said2) == ("", "")
-    assert len(first.split()) == 2
-    assert first == second
 
 
 def test_mode_of_every_module_is_kept(tmp_path):
