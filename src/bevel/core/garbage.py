@@ -5,25 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-
-_sparing: ContextVar[bool] = ContextVar("sparing", default=False)
 
 
 @contextmanager
-def sparing_old_objects() -> Iterator[None]:
-    """Collections inside the block, or the function it decorates, look at younger objects only.
+def without_collection() -> Iterator[None]:
+    """No garbage collection inside the block, or the function it decorates.
 
-    A full one walks every object of torch and its like. That takes 0.1 to 0.2 s, more than the
-    analysis of many a network, and finds nothing.
+    A full collection walks every object of torch and its like. That takes 0.1 to 0.2 s, more than
+    the analysis of many a network, and finds nothing of what the block makes, since that is in use.
+    It is put off, not left out: the collector counts on, and does it when the block is over.
     """
-    if _sparing.get() or gc.get_freeze_count():  # the caller may have frozen objects for good
+    if not gc.isenabled():
         yield
         return
-    token = _sparing.set(True)
-    gc.freeze()
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
-        _sparing.reset(token)
+        gc.enable()

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from bevel.core.errors import ModelError
-from bevel.core.garbage import sparing_old_objects
+from bevel.core.garbage import without_collection
 from bevel.core.records import Cost
 from bevel.graph.cost import Term, Total
 from bevel.graph.grouping import Axis, ChannelGroup, Grouping
@@ -161,7 +161,7 @@ def analyze(
     Raises:
         ModelError: the network cannot be run on these inputs.
     """
-    with sparing_old_objects():
+    with without_collection():
         for last in (False, True):
             recording = record(net, example_inputs)
             state = propagate(net, recording, handler, FRAME_HANDLERS)

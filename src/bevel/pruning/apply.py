@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import CheckpointError, ExportError, PruningError, one_line
 from bevel.core.files import atomic
-from bevel.core.garbage import sparing_old_objects
+from bevel.core.garbage import without_collection
 from bevel.graph.attributes import get_integer, resize, set_integer
 from bevel.graph.copying import copy_with, like, tensors_of
 from bevel.graph.program import export_program
@@ -28,7 +28,7 @@ PIECE = 1 << 17
 """Elements of a tensor that are cut in one go: they stay in the processor's cache."""
 
 
-@sparing_old_objects()
+@without_collection()
 def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
     """A new network without what the plan removes; `net` is unchanged.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.errors import PruningError
-from bevel.core.garbage import sparing_old_objects
+from bevel.core.garbage import without_collection
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
@@ -23,7 +23,7 @@ from bevel.pruning.sensitivity import Sensitivity
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 
 
-@sparing_old_objects()
+@without_collection()
 def plan_pruning(
     net: nn.Module,
     example_inputs: ExampleInputs,
