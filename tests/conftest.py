@@ -56,3 +56,11 @@ def tiny_image_folder(tmp_path: Path) -> ImageFolderFactory:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def armv8() -> None:
+    """The emulator's files are here, or may be fetched."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if not (cache / "bevel/qemu-aarch64").exists() and not os.environ.get("BEVEL_EMULATE"):
+        pytest.skip("no emulated Armv8 here: BEVEL_EMULATE=1 fetches some 200 MB for it, once")

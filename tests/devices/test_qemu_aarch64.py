@@ -29,7 +29,7 @@ IMAGES = 48
 
 
 @pytest.fixture(scope="module")
-def emulator():
+def emulator(armv8):  # noqa: ARG001
     """The emulator with ONNX Runtime."""
     try:
         device = open_device("qemu-aarch64")

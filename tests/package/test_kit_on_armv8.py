@@ -10,6 +10,7 @@ from bevel.core.errors import MeasurementError
 from bevel.devices.qemu_aarch64 import connect
 
 
+@pytest.mark.usefixtures("armv8")
 def test_the_program_gives_the_same_answers_on_armv8(kit, images):
     wanted = f"onnxruntime=={importlib.metadata.version('onnxruntime')}"
     try:
