@@ -15,11 +15,8 @@ help:
 demo: install
 	$(BIN)/bevel run recipes/digits.yaml
 
-# In two parts: a process that ran all contracts, then a data loader's workers, ended with a
-# segmentation fault as the next process that it had started ended; not so without OpenVINO's.
 test: $(VENV)/.installed-all $(VENV)/sshd lint
-	$(BIN)/pytest -n $${TEST_WORKERS:-2} --ignore tests/contract
-	$(BIN)/pytest -n $${TEST_WORKERS:-2} tests/contract
+	$(BIN)/pytest -n $${TEST_WORKERS:-2}
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import zipfile
 from pathlib import Path
 
@@ -166,3 +169,29 @@ def test_other_types_and_shapes_are_refused(int8):
         with pytest.raises(MeasurementError, match="takes float32 of shape") as caught:
             session.run([wrong])
         assert_readable(caught.value)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("quantizer", ["torch", "native"])
+def test_sessions_leave_a_signal_stack_that_is_mapped(tmp_path, quantizer):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 14 * 14, 4))
+    file = Path(export(net, tmp_path / "net.zip", quantizer=quantizer).path)
+    first, second = (runtime.open_session(file, threads=1) for _ in range(2))
+    for session in (first, second):
+        session.run([images(1, 0).numpy()])
+    del session, first
+    gc.collect()
+    del second
+    gc.collect()
+    stack = _SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    mapped = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+    ]
+    assert stack.start is None or any(
+        int(start, 16) <= stack.start < int(end, 16) for start, end in mapped
+    )

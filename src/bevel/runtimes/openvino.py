@@ -10,6 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,12 +244,23 @@ def _facts(op: Any) -> dict[str, str]:
     return {key: value.astype(str) for key, value in op.get_rt_info().items()}
 
 
+@cache
+def _core() -> openvino.Core:
+    """OpenVINO's core, one for the whole process and never let go.
+
+    Where a processor has AMX, a core that loads the CPU's plugin sets a stack for signals and, as
+    it goes, puts back the one it had found. Two of which the older goes first leave a stack that
+    is no longer mapped, and the next signal (a data loader's worker ends) stops the process.
+    """
+    return openvino.Core()
+
+
 def _read(path: Path) -> openvino.Model:
     try:
         with zipfile.ZipFile(path) as archive:
             xml, weights = archive.read("model.xml"), archive.read("model.bin")
         with quiet():
-            return openvino.Core().read_model(xml, weights)
+            return _core().read_model(xml, weights)
     except (OSError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
         raise MeasurementError(f"OpenVINO cannot load {path}: {one_line(error, 160)}") from error
 
@@ -281,7 +293,7 @@ def _compile(model: openvino.Model, threads: int, single: bool, **options: Any) 
         **options,
     }
     with quiet():
-        return openvino.Core().compile_model(_single(model) if single else model, "CPU", settings)
+        return _core().compile_model(_single(model) if single else model, "CPU", settings)
 
 
 def _signature(port: Any) -> TensorSignature:
