@@ -15,8 +15,10 @@ help:
 demo: install
 	$(BIN)/bevel run recipes/digits.yaml
 
+# One thread in each of the test processes: more of them than processors wait for each other, and
+# what takes 7 s alone then took 491 s.
 test: $(VENV)/.installed-all $(VENV)/sshd lint
-	$(BIN)/pytest -n $${TEST_WORKERS:-2}
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $${TEST_WORKERS:-2}
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check

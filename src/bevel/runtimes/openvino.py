@@ -49,6 +49,9 @@ MOVEMENT = (
 )
 """Kinds of operator that compute nothing."""
 
+KEPT = 3
+"""Batch sizes whose kernels a session keeps: one image, a whole batch, the last one."""
+
 NAMED = ("node_",)
 """How names begin that torch's exporter gave."""
 
@@ -113,8 +116,9 @@ def quantizer(options: Quantization) -> Any:
 class OpenVinoSession:
     """A model on the CPU.
 
-    One image at a time has kernels for exactly its shape, which are faster; other batch sizes share
-    others. Both are made when they are first needed.
+    Each batch size has kernels for exactly its shape, made when they are first needed. They are
+    faster, and int8 with an open size is not to be trusted: OpenVINO up to 2026.3 at least ends
+    the process with it on many processors with AMX (its issue 37577).
 
     Args:
         model: OpenVINO's model.
@@ -123,7 +127,7 @@ class OpenVinoSession:
 
     def __init__(self, model: openvino.Model, threads: int) -> None:
         self._model, self._threads = model, threads
-        self._requests: dict[bool, Any] = {}
+        self._requests: dict[tuple[int, ...], Any] = {}
         self.inputs = [_signature(port) for port in model.inputs]
         self.outputs = [_signature(port) for port in model.outputs]
 
@@ -137,12 +141,14 @@ class OpenVinoSession:
             raise MeasurementError(f"got {len(arrays)} inputs, the file takes {len(self.inputs)}")
         for signature, array in zip(self.inputs, arrays, strict=True):
             _check(signature, array)
-        single = all(len(array) == 1 for array in arrays)
+        sizes = tuple(map(len, arrays))
         try:
-            if single not in self._requests:
-                compiled = _compile(self._model, self._threads, single)
-                self._requests[single] = compiled.create_infer_request()
-            found = self._requests[single].infer(list(arrays))
+            if sizes not in self._requests:
+                if len(self._requests) == KEPT:
+                    del self._requests[next(iter(self._requests))]
+                compiled = _compile(self._model, self._threads, sizes)
+                self._requests[sizes] = compiled.create_infer_request()
+            found = self._requests[sizes].infer(list(arrays))
         except RuntimeError as error:
             raise MeasurementError(f"OpenVINO cannot run it: {one_line(error, 160)}") from error
         return [found[index] for index in range(len(self.outputs))]
@@ -165,9 +171,11 @@ def operators(path: Path) -> list[Operator]:
     """
     from bevel.core.records import Operator
 
-    model = _single(_read(path))
+    model = _read(path)
+    sizes = (1,) * len(model.inputs)
+    model = _sized(model, sizes)
     macs = {op.get_friendly_name(): _macs(op) for op in model.get_ops()}
-    running = _running(_compile(model, 1, single=True))
+    running = _running(_compile(model, 1, sizes))
     names = {op.get_friendly_name(): name for name, op in running}
     found: list[Operator] = []
     for name, op in running:
@@ -199,10 +207,9 @@ def profile(path: Path, arrays: Sequence[np.ndarray], threads: int) -> dict[str,
         MeasurementError: the file is not one that this version runs, or not on these arrays.
     """
     model = _read(path)
-    single = all(len(array) == 1 for array in arrays)
     total: dict[str, timedelta] = {}
     try:
-        compiled = _compile(model, threads, single, PERF_COUNT=True)
+        compiled = _compile(model, threads, map(len, arrays), PERF_COUNT=True)
         names = {op.get_friendly_name(): name for name, op in _running(compiled)}
         request = compiled.create_infer_request()
         for run in range(WARMUP_RUNS + PROFILED_RUNS):
@@ -265,21 +272,22 @@ def _read(path: Path) -> openvino.Model:
         raise MeasurementError(f"OpenVINO cannot load {path}: {one_line(error, 160)}") from error
 
 
-def _single(model: openvino.Model) -> openvino.Model:
-    """The model for one image."""
+def _sized(model: openvino.Model, sizes: Iterable[int]) -> openvino.Model:
+    """The model with these sizes of the inputs' first axes where the file leaves them open."""
     if not any(port.get_partial_shape().is_dynamic for port in model.inputs):
         return model
     copy = model.clone()
     shapes = {}
-    for port in copy.inputs:
+    for port, size in zip(copy.inputs, sizes, strict=True):
         shape = port.get_partial_shape()
-        shape[0] = 1
+        if len(shape) and shape[0].is_dynamic:
+            shape[0] = size
         shapes[port] = shape
     copy.reshape(shapes)
     return copy
 
 
-def _compile(model: openvino.Model, threads: int, single: bool, **options: Any) -> Any:
+def _compile(model: openvino.Model, threads: int, sizes: Iterable[int], **options: Any) -> Any:
     """The model on the CPU, in the precision that it states."""
     key = ["bevel", "inference_precision"]
     stated = model.get_rt_info(key).astype(str) if model.has_rt_info(key) else "f32"
@@ -293,7 +301,7 @@ def _compile(model: openvino.Model, threads: int, single: bool, **options: Any) 
         **options,
     }
     with quiet():
-        return _core().compile_model(_single(model) if single else model, "CPU", settings)
+        return _core().compile_model(_sized(model, sizes), "CPU", settings)
 
 
 def _signature(port: Any) -> TensorSignature:
