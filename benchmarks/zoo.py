@@ -534,7 +534,7 @@ def run_all(given: argparse.Namespace, workers: Sequence[str]) -> Entry:
         if re.search(given.only, network.key)
         and not all(worker in done.get(network.key, {}) for worker in workers)
     ]
-    threads = 2 if given.jobs == 1 else 1
+    threads = _threads(given.jobs)
     order = {network.key: place for place, network in enumerate(networks())}
     for count, entry in enumerate(_entries(open_networks, workers, threads, given.jobs), 1):
         done[_key(entry)] = {**done.get(_key(entry), {}), **entry}
@@ -563,6 +563,11 @@ def _entries(
             pool.shutdown(cancel_futures=True)
 
 
+def _threads(jobs: int) -> int:
+    """Threads of each process; `taskset` may leave fewer processors than the machine has."""
+    return 2 if jobs == 1 and len(os.sched_getaffinity(0)) > 1 else 1
+
+
 def _opened(given: argparse.Namespace, workers: Sequence[str]) -> Entry:
     """The results to go on with, or fresh ones that say where and how they are made."""
     if given.resume and given.out.exists():
@@ -582,7 +587,7 @@ def _opened(given: argparse.Namespace, workers: Sequence[str]) -> Entry:
         "machine": _machine(),
         "versions": _versions(),
         "jobs": given.jobs,
-        "threads": 2 if given.jobs == 1 else 1,
+        "threads": _threads(given.jobs),
         "limit_s": LIMIT_S,
         "request": {"macs": BUDGET, "align": ALIGN, "criterion": "l2", "allocate": "global"},
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -902,7 +907,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bevel", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--forward", action="store_true", help="build and run, nothing else")
-    parser.add_argument("--jobs", type=int, default=1, help="2 threads with 1, else 1 thread each")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="1: of 2 threads, where 2 processors are free; more: of 1",
+    )
     parser.add_argument("--resume", action="store_true", help="skip what the file holds")
     parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--network", help=argparse.SUPPRESS)
