@@ -14,7 +14,7 @@ from bevel.quantization.annotate import FusingQuantizer
 from bevel.quantization.keeping import KeepingFloat
 from bevel.quantization.pt2e import calibrated, quantize
 from bevel.quantization.ranges import u8s8
-from bevel.quantization.sensitivity import fewest_in_float, sensitivity
+from bevel.quantization.sensitivity import TensorNoise, fewest_in_float, relief, sensitivity
 from bevel.quantization.simulation import Simulation
 
 
@@ -70,11 +70,34 @@ def test_the_spoiled_layer_is_the_most_sensitive_and_alone_in_float(spoiled):
     assert accuracy >= found.limit
 
 
+def test_steps_take_all_layers_around_a_tensor_and_count_what_a_module_holds():
+    tensors = [
+        TensorNoise(["a", "b"], 0.9),  # between two layers: neither alone ends it
+        TensorNoise(["block"], 1.0),  # a sum in a block of three layers
+        TensorNoise(["c"], 0.4),
+        TensorNoise(["block.x"], 0.1),  # goes with the block
+        TensorNoise([""], 5.0),  # of the network's own forward: cannot be named
+    ]
+    layers = ["a", "b", "c", "block.x", "block.y", "block.z"]
+    assert list(relief(tensors, layers)) == [["a", "b"], ["c"], ["block"]]
+
+
+def test_layers_around_the_worst_tensors_help_more_than_the_worst_layers(spoiled):
+    net, train, test, labels = spoiled
+    simulation = simulated(net, train)
+    found = fewest_in_float(simulation, [train[:64]], [(test, labels)], drop=0.02)
+    alone = [item.layer for item in sensitivity(simulation, [train[:64]])]
+    simulation.keep_float(alone[: len(found.keep_float)])
+    with torch.no_grad():
+        accuracy = (simulation.net(test).argmax(1) == labels).float().mean()
+    assert found.accuracy >= accuracy
+
+
 def test_nothing_stays_in_float_where_int8_is_good_enough(digits):
     net, train, test, labels = digits
     found = fewest_in_float(simulated(net, train), [train[:64]], [(test, labels)], drop=0.05)
     assert found.keep_float == []
-    assert found.sensitivity == []
+    assert found.tensors == []
     assert "no layer in float" in str(found)
 
 

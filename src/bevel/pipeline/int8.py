@@ -87,7 +87,7 @@ def fall_back(
     """The options with enough layers in float for `accuracy_drop` to hold.
 
     Returns:
-        The options, and for the record what was kept, why, and every layer's sensitivity; None
+        The options, and for the record what was kept, why, and every tensor's noise; None
         where no limit was set.
     """
     if options.accuracy_drop is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bevel.core.progress import note, track
 from bevel.data.metrics import evaluate
-from bevel.quantization.simulation import Simulation
+from bevel.quantization.simulation import Simulation, within
 
 IMAGES = 64
-"""Images on which layers are ranked."""
+"""Images on which layers are ranked, and tensors."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,31 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
+class TensorNoise:
+    """What it does to the network's output when one tensor alone is rounded to int8.
+
+    Attributes:
+        layers: the modules that write or read it in integers; it is left alone where all of them
+            are in float.
+        noise: squared error of the output, relative to its squares.
+    """
+
+    layers: list[str]
+    noise: float
+
+
+@dataclass(frozen=True)
 class Fallback:
     """The layers that stay in float so that accuracy holds.
 
     Attributes:
-        keep_float: names of modules, the most sensitive first.
+        keep_float: names of modules, those that take most noise with them first.
         accuracy_float: validation accuracy in float32.
         accuracy_int8: with every layer in int8.
         accuracy: with `keep_float` in float.
         limit: the least that was asked for.
-        tried: number of layers in float -> accuracy, in the order in which it was tried.
-        sensitivity: of every layer, the most sensitive first; empty where it was not needed.
+        tried: number of modules in float -> accuracy, in the order in which it was tried.
+        tensors: the noise of each, the worst first; empty where it was not needed.
     """
 
     keep_float: list[str]
@@ -53,7 +67,7 @@ class Fallback:
     accuracy: float
     limit: float
     tried: dict[int, float] = field(default_factory=dict)
-    sensitivity: list[LayerSensitivity] = field(default_factory=list)
+    tensors: list[TensorNoise] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.keep_float:
@@ -96,18 +110,63 @@ def sqnr_db(exact: Tensor, rounded: Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
+@torch.no_grad()
+def tensor_noise(simulation: Simulation, images: Iterable[Any]) -> list[TensorNoise]:
+    """Every rounded tensor of a calibrated network, the worst first; arguments as `sensitivity`."""
+    batches = _first(images, IMAGES)
+    simulation.quantize_only(())
+    exact = _outputs(simulation.net, batches)
+    found = []
+    for tensor in track(simulation.tensors, "noise of tensors", len(simulation.tensors)):
+        simulation.quantize_tensor(tensor)
+        noise = 10 ** (-sqnr_db(exact, _outputs(simulation.net, batches)) / 10)
+        found.append(TensorNoise(sorted(simulation.tensors[tensor]), noise))
+    simulation.keep_float(())
+    return sorted(found, key=lambda item: -item.noise)
+
+
+def relief(tensors: Sequence[TensorNoise], layers: Sequence[str]) -> Iterator[list[str]]:
+    """Modules to put in float, step by step, each step the most noise for the fewest layers.
+
+    A layer in float between others in int8 still reads and writes rounded tensors, so layers are
+    not chosen one by one: each step takes all modules around one tensor. Noise of independent
+    roundings adds up.
+
+    Args:
+        tensors: noise of each.
+        layers: every layer of the network, to count what a module holds.
+    """
+    names = {*layers, *(name for tensor in tensors for name in tensor.layers)}
+    inside = {name: {other for other in names if within(other, [name])} for name in names}
+    # What the network's own forward computes has no module that could be named.
+    left = [tensor for tensor in tensors if tensor.layers and "" not in tensor.layers]
+    counted, kept = frozenset(layers), set[str]()
+
+    def worth(tensor: TensorNoise) -> float:
+        after = kept.union(*(inside[name] for name in tensor.layers))
+        gone = sum(other.noise for other in left if after.issuperset(other.layers))
+        return gone / max(1, len(counted & after) - len(counted & kept))
+
+    while left:
+        best = max(left, key=worth)
+        step = [name for name in best.layers if name not in kept]
+        kept = kept.union(*(inside[name] for name in best.layers))
+        left = [tensor for tensor in left if not kept.issuperset(tensor.layers)]
+        yield step
+
+
 def fewest_in_float(
     simulation: Simulation, images: Iterable[Any], validation: Any, drop: float
 ) -> Fallback:
-    """The shortest head of the sensitivity ranking that keeps accuracy within `drop` of float.
+    """The fewest steps of `relief` that keep accuracy within `drop` of float.
 
-    Bisects over the length, so a network of n layers is evaluated about log2(n) times. Where
-    even all layers in float miss it, because operators outside of any layer stay in int8, all
+    Bisects over their number, so a network of n tensors is evaluated about log2(n) times. Where
+    even all layers in float miss it, because operators outside of any module stay in int8, all
     are kept.
 
     Args:
         simulation: a calibrated network.
-        images: batches to rank layers on.
+        images: batches that show each tensor's noise.
         validation: re-iterable labelled batches.
         drop: accuracy that may be lost, 0..1.
     """
@@ -122,21 +181,24 @@ def fewest_in_float(
     whole = accuracy(())
     if whole >= limit:
         return Fallback([], exact, whole, whole, limit)
-    ranking = sensitivity(simulation, images)
-    names = [item.layer for item in ranking]
+    tensors = tensor_noise(simulation, images)
+    heads: list[list[str]] = [[]]
+    for step in relief(tensors, simulation.layers):
+        heads.append(heads[-1] + step)
     tried = {0: whole}
-    short, enough = 0, len(names)  # the count wanted is above the first, at most the second
+    short, enough = 0, len(heads) - 1  # the head wanted is after the first, at most the second
     while enough - short > 1:
         middle = (short + enough) // 2
-        tried[middle] = accuracy(names[:middle])
-        if tried[middle] >= limit:
+        reached = tried[len(heads[middle])] = accuracy(heads[middle])
+        if reached >= limit:
             enough = middle
         else:
             short = middle
-    if enough not in tried:
-        tried[enough] = accuracy(names[:enough])
+    keep = heads[enough]
+    if len(keep) not in tried:
+        tried[len(keep)] = accuracy(keep)
     simulation.keep_float(())
-    result = Fallback(names[:enough], exact, whole, tried[enough], limit, tried, ranking)
+    result = Fallback(keep, exact, whole, tried[len(keep)], limit, tried, tensors)
     note(str(result))
     return result
 

@@ -110,35 +110,45 @@ class Simulation:
     Attributes:
         net: the network to run; it computes in float32 on rounded values.
         layers: names of the modules that can be switched, in the order in which they run.
+        tensors: every rounded tensor, activation or weight, with the modules on whose account it
+            is rounded: those that write it or read it in integers.
     """
 
     def __init__(self, prepared: GraphModule) -> None:
-        self._owners = _owners(prepared)
+        owners: dict[str, set[str]] = {}  # by module: some nodes share one
+        for observer, names in _owners(prepared).items():
+            owners.setdefault(str(observer.target), set()).update(names)
         self.layers = _layers(prepared)
+        self.tensors: dict[str, frozenset[str]] = {}
         module = copy.deepcopy(prepared)
-        for name in {str(observer.target) for observer in self._owners}:
+        for name, modules in owners.items():
             replacement = fake_quantize(module.get_submodule(name))
             module.set_submodule(name, replacement or nn.Identity())
+            if replacement is not None:
+                self.tensors[name] = frozenset(modules)
         # A new module: the prepared one refuses to be asked for a mode.
         self.net: nn.Module = GraphModule(module, module.graph).eval()
 
     def keep_float(self, layers: Collection[str]) -> None:
         """Everything in integers but these layers."""
-        self._switch(lambda name: not _within(name, layers))
+        self._switch(lambda tensor: not all(within(name, layers) for name in self.tensors[tensor]))
 
     def quantize_only(self, layers: Collection[str]) -> None:
         """Everything in float but these layers."""
-        self._switch(lambda name: _within(name, layers))
+        self._switch(lambda tensor: any(within(name, layers) for name in self.tensors[tensor]))
+
+    def quantize_tensor(self, tensor: str) -> None:
+        """Everything in float but one of `tensors`."""
+        self._switch(lambda name: name == tensor)
 
     def _switch(self, quantized: Callable[[str], bool]) -> None:
-        on = {str(o.target) for o, owners in self._owners.items() if any(map(quantized, owners))}
-        for name in {str(observer.target) for observer in self._owners}:  # some share a module
+        for name in self.tensors:
             module = self.net.get_submodule(name)
-            if isinstance(module, FakeQuantize):
-                module.enabled = name in on
+            assert isinstance(module, FakeQuantize)  # noqa: S101  # `tensors` are
+            module.enabled = quantized(name)
 
 
-def _within(name: str, layers: Collection[str]) -> bool:
+def within(name: str, layers: Collection[str]) -> bool:
     """Whether a module is one of these, or in one of them."""
     return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
 
