@@ -45,7 +45,7 @@ def test_the_kit_is_whole(kit, finished):
     assert meta["schema"] == 1
     assert meta["artifact"]["sha256"] == artifact["sha256"]
     assert meta["artifact"]["quantizer"] == artifact["quantizer"]
-    assert meta["artifact"]["quantization"]["observer"] == "minmax"
+    assert meta["artifact"]["quantization"]["quantizer"] == "torch"
     for file in (meta["artifact"], *meta["samples"]):
         content = (kit.folder / file["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == file["sha256"]

@@ -241,8 +241,10 @@ class Quantization(Section):
         description="torch: bevel's, on torchao PT2E; native: the runtime's own; auto: the better "
         "of both, measured on calibration images",
     )
-    observer: Literal["minmax", "percentile", "mse"] = Field(
-        default="minmax", description="what becomes the range of an activation"
+    observer: Literal["minmax", "percentile", "mse"] | None = Field(
+        default=None,
+        description="what becomes the range of an activation; without it mse, and of a runtime's "
+        "own quantizer minmax",
     )
     equalize: bool = Field(
         default=False, description="even out the channels' ranges across layers (Nagel et al. 2019)"
@@ -260,6 +262,16 @@ class Quantization(Section):
         description="validation accuracy that int8 may lose against float; the fewest layers go "
         "back to float until it holds",
     )
+
+    @property
+    def ranges(self) -> str:
+        """The observer of bevel's own quantizer."""
+        return self.observer or "mse"
+
+    @property
+    def native_ranges(self) -> str:
+        """The observer of a runtime's own quantizer: what it takes when it is asked for nothing."""
+        return self.observer or "minmax"
 
 
 class Target(Section):

@@ -29,7 +29,7 @@ def quantizer_of(runtime: str, options: Quantization) -> Any:
     with quiet():  # torchao talks while it is imported
         from bevel.quantization.annotate import FusingQuantizer
         from bevel.quantization.ranges import u8s8
-    return FusingQuantizer(u8s8(options.observer))
+    return FusingQuantizer(u8s8(options.ranges))
 
 
 def train_for_int8(

@@ -31,7 +31,7 @@ def quantize(
     """A network that computes what the int8 file will compute, in torch.
 
     Scale and zero point of each tensor are those of its observer, which the quantizer's types
-    name (`u8s8(options.observer)`).
+    name (`u8s8(options.ranges)`).
 
     Args:
         program: a traced network.

@@ -140,7 +140,7 @@ OBSERVERS: dict[str, type[MinMaxObserver]] = {
 }
 
 
-def u8s8(observer: str = "minmax") -> IntegerTypes:
+def u8s8(observer: str = "mse") -> IntegerTypes:
     """uint8 activations, per tensor, with a zero point; int8 weights, per channel, symmetric.
 
     Args:
@@ -158,7 +158,7 @@ def u8s8(observer: str = "minmax") -> IntegerTypes:
     )
 
 
-def s8s8(observer: str = "minmax") -> IntegerTypes:
+def s8s8(observer: str = "mse") -> IntegerTypes:
     """int8 activations, per tensor, and int8 weights, per channel, all symmetric.
 
     Args:

@@ -14,7 +14,7 @@ from bevel.core.progress import note, track
 from bevel.data.metrics import evaluate
 from bevel.quantization.simulation import Simulation, within
 
-IMAGES = 64
+IMAGES = 32
 """Images on which layers are ranked, and tensors."""
 
 
@@ -86,7 +86,7 @@ def sensitivity(simulation: Simulation, images: Iterable[Any]) -> list[LayerSens
 
     Args:
         simulation: its switches are all on afterwards.
-        images: batches (N, C, H, W), or tuples that start with one; the first 64 images count.
+        images: batches (N, C, H, W), or tuples that start with one; the first 32 images count.
     """
     batches = _first(images, IMAGES)
     simulation.quantize_only(())

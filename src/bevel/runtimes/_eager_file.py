@@ -98,14 +98,14 @@ def export(
         raise ExportError("torch has no quantizer of its own here; use quantizer: torch")
     if precision == "int8-weights":
         calibration = [example_inputs]  # it decides nothing
-    types = u8s8(quantization.observer)
+    types = u8s8(quantization.ranges)
     whole = precision == "int8"
     quantizer: Quantizer = FusingQuantizer(types) if whole else WeightsQuantizer(types)
     converted = quantize(program, quantizer, calibration or (), quantization)
     dynamic = fixed_batch(program) is None
     _write(export_program(converted, example_inputs, dynamic=dynamic), path)
     if precision == "int8":
-        return INT8.format(observer=quantization.observer)
+        return INT8.format(observer=quantization.ranges)
     return "int8 weights per channel, symmetric; arithmetic in float32"
 
 

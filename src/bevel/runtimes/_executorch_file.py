@@ -78,7 +78,7 @@ def _integers(
     options: Quantization,
 ) -> ExportedProgram:
     """The network with what a quantizer wants in integers."""
-    quantizer: Any = XnnpackQuantizer(options.observer, in_float=IN_FLOAT)
+    quantizer: Any = XnnpackQuantizer(options.ranges, in_float=IN_FLOAT)
     if way == NATIVE:
         config = get_symmetric_quantization_config(is_per_channel=True)
         quantizer = XNNPACKQuantizer().set_global(config)

@@ -104,7 +104,7 @@ def _torch_int8(
     options: Quantization,
 ) -> bytes:
     """Quantized by bevel on the torch side."""
-    quantizer = XnnpackQuantizer(options.observer, same_scale=SAME_SCALE)
+    quantizer = XnnpackQuantizer(options.ranges, same_scale=SAME_SCALE)
     integers = quantize(program, quantizer, calibration, options, fold_weights=False)
     # The converter only asks it whether ranges are static.
     static = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))

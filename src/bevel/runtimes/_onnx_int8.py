@@ -43,13 +43,14 @@ def write_int8(
     Raises:
         ExportError: calibration is empty, a quantizer refuses, or an operator has no ONNX form.
     """
-    named = {"observer": options.observer}
+    torch_name = TORCH.format(observer=options.ranges)
+    native_name = NATIVE.format(observer=options.native_ranges)
     if options.quantizer == "torch":
         _write_torch(program, example_inputs, calibration, options, path)
-        return TORCH.format(**named)
+        return torch_name
     if options.quantizer == "native":
         quantize_natively(convert(program), calibration, options, path)
-        return NATIVE.format(**named)
+        return native_name
     with tempfile.TemporaryDirectory(prefix="bevel-") as name:
         folder = Path(name)
         float_model = convert(program)
@@ -61,7 +62,7 @@ def write_int8(
         batches = _arrays(calibration, len(program.graph_signature.user_inputs))
         chosen, why = choose(sessions, reference, batches)
         shutil.copyfile(folder / f"{chosen}.onnx", path)
-    return f"{(TORCH if chosen == 'torch' else NATIVE).format(**named)}; {why}"
+    return f"{torch_name if chosen == 'torch' else native_name}; {why}"
 
 
 def _write_torch(

@@ -59,7 +59,7 @@ def quantize_natively(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(batches, None)
 
-    percentile = options.observer == "percentile"
+    percentile = options.native_ranges == "percentile"
     excluded = nodes_of(model, options.keep_float)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -96,7 +96,8 @@ def quantize_natively(
 def _check(options: Quantization) -> None:
     """Refuse what the native quantizer does not have."""
     asked = {
-        f"observer: {options.observer}": options.observer not in ("minmax", "percentile"),
+        f"observer: {options.observer}": options.native_ranges not in ("minmax", "percentile"),
+        "equalize": options.equalize,
         "correct_bias": options.correct_bias,
     }
     for name, wanted in asked.items():

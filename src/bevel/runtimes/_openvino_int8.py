@@ -127,7 +127,7 @@ def quantized_model(
     Raises:
         ExportError: calibration is empty, a quantizer refuses, or an operator has no ONNX form.
     """
-    torch_name = TORCH.format(observer=options.observer)
+    torch_name = TORCH.format(observer=options.ranges)
     if options.quantizer == "torch":
         return _by_torch(program, example_inputs, calibration, options), torch_name
     count = len(program.graph_signature.user_inputs)
@@ -150,7 +150,7 @@ def _by_torch(
     calibration: Iterable[Any],
     options: Quantization,
 ) -> openvino.Model:
-    quantizer = ReadingQuantizer(u8s8(options.observer))
+    quantizer = ReadingQuantizer(u8s8(options.ranges))
     converted = quantize(program, quantizer, calibration, options)
     whole = export_program(converted, example_inputs, dynamic=fixed_batch(program) is None)
     return from_onnx(convert(whole))
@@ -162,7 +162,7 @@ def _by_nncf(
     """NNCF's post-training quantization with its defaults: min-max, fast bias correction."""
     if not pieces:
         raise ExportError("int8 needs calibration images and got none")
-    if options.observer != "minmax" or options.equalize:
+    if options.native_ranges != "minmax" or options.equalize:
         asked = "equalize" if options.equalize else f"observer: {options.observer}"
         raise ExportError(f"bevel does not ask NNCF for {asked}; use quantizer: torch")
     onnx_model = convert(program)

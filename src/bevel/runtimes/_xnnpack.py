@@ -191,6 +191,4 @@ def _time_in_turn(sessions: Sequence[Session], image: Sequence[np.ndarray]) -> l
 
 def name_quantizer(quantizer: str, options: Quantization) -> str:
     """How an artifact names what made its integers."""
-    return (
-        f"{quantizer}: int8 activations per tensor ({options.observer}), int8 weights per channel"
-    )
+    return f"{quantizer}: int8 activations per tensor ({options.ranges}), int8 weights per channel"

@@ -75,7 +75,7 @@ def quantizer(options: Quantization) -> Any:
     with quiet():  # ExecuTorch and torchao talk while they are imported
         from bevel.runtimes._executorch_file import IN_FLOAT
         from bevel.runtimes._xnnpack import XnnpackQuantizer
-    return XnnpackQuantizer(options.observer, in_float=IN_FLOAT)
+    return XnnpackQuantizer(options.ranges, in_float=IN_FLOAT)
 
 
 class _Pool:

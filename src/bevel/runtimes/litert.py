@@ -68,7 +68,7 @@ def quantizer(options: Quantization) -> Any:
     with quiet():  # litert-torch and torchao talk while they are imported
         from bevel.runtimes._litert_file import SAME_SCALE
         from bevel.runtimes._xnnpack import XnnpackQuantizer
-    return XnnpackQuantizer(options.observer, same_scale=SAME_SCALE)
+    return XnnpackQuantizer(options.ranges, same_scale=SAME_SCALE)
 
 
 class LiteRTSession:

@@ -60,7 +60,7 @@ def quantizer(options: Quantization) -> Any:
         from bevel.quantization.annotate import FusingQuantizer
         from bevel.quantization.ranges import u8s8
 
-    return FusingQuantizer(u8s8(options.observer))
+    return FusingQuantizer(u8s8(options.ranges))
 
 
 def export(

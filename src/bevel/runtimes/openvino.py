@@ -110,7 +110,7 @@ def quantizer(options: Quantization) -> Any:
         from bevel.quantization.ranges import u8s8
         from bevel.runtimes import _openvino_int8
 
-    return _openvino_int8.ReadingQuantizer(u8s8(options.observer))
+    return _openvino_int8.ReadingQuantizer(u8s8(options.ranges))
 
 
 class OpenVinoSession:

@@ -53,7 +53,7 @@ def quantizer(options: Quantization) -> Any:
         from bevel.quantization.ranges import s8s8
         from bevel.runtimes._tensorrt_form import PairPlacer
 
-    return PairPlacer(s8s8(options.observer))
+    return PairPlacer(s8s8(options.ranges))
 
 
 def export(
@@ -92,7 +92,7 @@ def export(
     check_structure(model)
     save(model, path)
     return (
-        f"torchao PT2E: int8 activations per tensor ({quantization.observer}), int8 weights per "
+        f"torchao PT2E: int8 activations per tensor ({quantization.ranges}), int8 weights per "
         "channel, all symmetric"
     )
 
