@@ -6,7 +6,8 @@
 
 Each network, as it is and pruned to 50 % of its MACs (batch norms recalibrated, no fine-tuning),
 is exported for every runtime as float32, as int8 by bevel and as int8 by the runtime's own
-quantizer. All files of a network are timed in turn in one process: one thread, one image.
+quantizer; some networks also with the layers in float that keep their answers. All files of a
+network are timed in turn in one process: one thread, one image.
 `--shared FOLDER` holds checkpoints and images (see int8_networks.py), `--data FOLDER` any images;
 without them weights and images are random. `--only REGEX` picks networks, `--runtimes REGEX`
 runtimes. Results are written after each network and hold no path of the machine.
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +41,7 @@ from bevel.core.files import write_json, write_text
 if TYPE_CHECKING:  # the process that starts the others needs no torch
     from torch import nn
 
+    from bevel.core.recipe import Quantization
     from bevel.core.records import Artifact, Diagnosis, Measurement
     from bevel.measurement.bench import Subject
 
@@ -61,6 +64,9 @@ KINDS: dict[str, tuple[str, Literal["torch", "native"]]] = {
     "native": ("int8", "native"),
 }
 """The files of each runtime: precision and quantizer."""
+
+KEPT = "kept"
+"""int8 by bevel with layers in float, of networks that name what they may lose."""
 
 Entry = dict[str, Any]
 
@@ -86,7 +92,12 @@ def work(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         subjects: list[Subject] = []
         for variant, net in _variants(dense, images, entry):
-            subjects += _export(variant, net, images, Path(folder), given.runtimes, entry)
+            exporter = Exporter(
+                variant, net, images, Path(folder), _runtimes(given.runtimes), entry
+            )
+            subjects += exporter.all_kinds()
+            if variant == "dense" and network.drop is not None:
+                subjects += exporter.kept(network.drop)
         _measure(subjects, images, entry)
     write_json(given.out, entry)
 
@@ -131,38 +142,78 @@ def _runtimes(chosen: str) -> list[str]:
     return found
 
 
-def _export(
-    variant: str, net: nn.Module, images: Images, folder: Path, chosen: str, entry: Entry
-) -> list[Subject]:
-    """The files of a network; what cannot be exported is written down with the reason."""
-    from bevel import export
-    from bevel.core.recipe import Quantization
-    from bevel.measurement.bench import Subject
+@dataclass(frozen=True)
+class Exporter:
+    """Exports one network for every runtime; what fails is written down in `entry`."""
 
-    subjects = []
-    for runtime in _runtimes(chosen):
+    variant: str
+    net: nn.Module
+    images: Images
+    folder: Path
+    runtimes: list[str]
+    entry: Entry
+
+    def all_kinds(self) -> list[Subject]:
+        """The files of `KINDS`."""
+        from bevel.core.recipe import Quantization
+
+        subjects = []
+        for runtime in self.runtimes:
+            for kind, (precision, quantizer) in KINDS.items():
+                options = Quantization(quantizer=quantizer)
+                subjects += self._file(runtime, kind, precision, options)
+        return subjects
+
+    def kept(self, drop: float) -> list[Subject]:
+        """int8 files with as many layers in float as it takes to give float's answers."""
+        import torch
+
+        from bevel.core.recipe import Quantization
+        from bevel.pipeline.int8 import fall_back
+
+        calibration = self.images.calibration
+        with torch.no_grad():
+            answers = [(batch, self.net(batch).argmax(1)) for batch in calibration]
+        subjects = []
+        self.entry["kept"] = {}
+        for runtime in self.runtimes:
+            options, self.entry["kept"][runtime] = fall_back(
+                self.net,
+                calibration[0][:2],
+                runtime,
+                Quantization(accuracy_drop=drop),
+                calibration=calibration,
+                validation=answers,
+            )
+            subjects += self._file(runtime, KEPT, "int8", options)
+        return subjects
+
+    def _file(
+        self, runtime: str, kind: str, precision: str, options: Quantization
+    ) -> list[Subject]:
+        from bevel import export
+        from bevel.measurement.bench import Subject
+
+        start = time.perf_counter()
         suffix = plugins.load("runtimes", runtime).SUFFIX
-        for kind, (precision, quantizer) in KINDS.items():
-            start = time.perf_counter()
-            try:
-                artifact = export(
-                    net,
-                    images.calibration[0][:2],
-                    runtime=runtime,
-                    precision=precision,
-                    calibration=images.calibration,
-                    quantization=Quantization(quantizer=quantizer),
-                    path=folder / f"{variant}-{kind}-{runtime}{suffix}",
-                )
-            except BevelError as error:
-                reason = one_line(error, 300).replace(str(folder), "FOLDER")
-                entry["failed"].append(
-                    {"variant": variant, "runtime": runtime, "kind": kind, "reason": reason}
-                )
-                continue
-            _say(f"{variant} {runtime} {kind}: {time.perf_counter() - start:.0f} s")
-            subjects.append(Subject(variant, artifact, net))
-    return subjects
+        try:
+            artifact = export(
+                self.net,
+                self.images.calibration[0][:2],
+                runtime=runtime,
+                precision=precision,
+                calibration=self.images.calibration,
+                quantization=options,
+                path=self.folder / f"{self.variant}-{kind}-{runtime}{suffix}",
+            )
+        except BevelError as error:
+            reason = one_line(error, 300).replace(str(self.folder), "FOLDER")
+            self.entry["failed"].append(
+                {"variant": self.variant, "runtime": runtime, "kind": kind, "reason": reason}
+            )
+            return []
+        _say(f"{self.variant} {runtime} {kind}: {time.perf_counter() - start:.0f} s")
+        return [Subject(self.variant, artifact, self.net)]
 
 
 def _measure(subjects: Sequence[Subject], images: Images, entry: Entry) -> None:
@@ -203,7 +254,7 @@ def _numbers(measurement: Measurement, diagnosis: Diagnosis, *, labelled: bool) 
 
 
 def _kind(artifact: Artifact) -> str:
-    """float32, int8 or native, from the file's name."""
+    """float32, int8, native or kept, from the file's name."""
     return Path(artifact.path).name.split("-")[1]
 
 

@@ -34,7 +34,13 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the benchmark; `size` is the side of its images in pixels."""
+    """A network of the benchmark.
+
+    Attributes:
+        size: side of its images in pixels.
+        drop: share of images that may get another answer in int8 than in float; layers go back to
+            float until that holds on the calibration images.
+    """
 
     name: str
     model: str
@@ -42,6 +48,7 @@ class Network:
     weights: str | None = None
     data: str = "imagenet_val500"
     normalize: tuple[list[float], list[float]] = IMAGENET
+    drop: float | None = None
 
 
 NETWORKS = (
@@ -56,12 +63,14 @@ NETWORKS = (
         "MobileNetV2",
         "torchvision:mobilenet_v2",
         weights="torchvision.mobilenet_v2.safetensors",
+        drop=0.05,
     ),
     Network(
         "MobileNetV3-Small",
         "timm:tf_mobilenetv3_small_100",
         weights="timm.tf_mobilenetv3_small_100.safetensors",
         normalize=PLAIN,
+        drop=0.15,
     ),
     Network("ResNet-50", "torchvision:resnet50"),
     Network("EfficientNet-B0", "torchvision:efficientnet_b0"),

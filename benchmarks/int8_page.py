@@ -33,6 +33,16 @@ COLUMNS = (
     "ship",
 )
 
+KEPT_COLUMNS = (
+    "network",
+    "runtime",
+    "agreement in int8",
+    "with layers in float",
+    "accuracy, float32 / with layers in float",
+    "modules in float",
+    "faster than float32",
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,6 +54,7 @@ class Case:
     float32: Entry | None
     int8: Entry | None
     native: Entry | None
+    kept: Entry | None
 
     @property
     def name(self) -> str:
@@ -79,7 +90,9 @@ def cases(results: Entry) -> list[Case]:
         files = {(f["variant"], f["runtime"], f["kind"]): f for f in entry.get("files", ())}
         everything = [*entry.get("files", ()), *entry.get("failed", ())]
         for variant, runtime in dict.fromkeys((f["variant"], f["runtime"]) for f in everything):
-            kinds = {k: files.get((variant, runtime, k)) for k in ("float32", "int8", "native")}
+            kinds = {
+                k: files.get((variant, runtime, k)) for k in ("float32", "int8", "native", "kept")
+            }
             found.append(Case(entry, variant, runtime, **kinds))
     return found
 
@@ -103,6 +116,8 @@ def page(results: Entry) -> str:
         bullets(_slow(found)) or "Nowhere.",
         "## Where the native quantizer's file is more than 5 % faster",
         bullets(_behind(found)) or "Nowhere.",
+        "## With layers in float for the sake of the answers",
+        markdown_table(KEPT_COLUMNS, [_kept(case) for case in found if case.kept]),
         "## What could not be exported or run",
         bullets(_failed(results)) or "Nothing.",
         "## The networks",
@@ -163,6 +178,21 @@ def _row(case: Case) -> list[str]:
     ]
 
 
+def _kept(case: Case) -> list[str]:
+    file = case.kept
+    assert file is not None  # noqa: S101 - only such cases are asked for
+    three = (case.float32, file)
+    return [
+        case.name,
+        case.runtime,
+        percent(case.int8["agreement"] if case.int8 else None),
+        percent(file["agreement"]),
+        " / ".join(percent(f["accuracy"] if f else None, 2) for f in three),
+        str(len(case.entry["kept"][case.runtime]["keep_float"])),
+        _times(_ratio(case.float32, file)),
+    ]
+
+
 def _slow(found: Iterable[Case]) -> list[str]:
     """The doctor's reason, and what to ship instead."""
     return [
@@ -213,6 +243,8 @@ def _methods(results: Entry) -> list[str]:
         "float32 is pinned: no runtime may use bfloat16 for it.",
         "Pruned: 50 % of the MACs, l2, global; batch norms recalibrated, no fine-tuning, so its "
         "accuracy says what int8 does to a pruned network and not what pruning can reach.",
+        "With layers in float: `accuracy_drop` with the float network's answers on the calibration "
+        "images as labels; the images of the table are others.",
         "Native: the runtime's own quantizer behind bevel's interface, same calibration images.",
         "Agreement: share of test images on which the file and the float torch network have the "
         "same highest output. With random weights or images it says little: outputs hardly differ.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from openssh import Server, serving
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -64,3 +66,10 @@ def armv8() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     if not (cache / "bevel/qemu-aarch64").exists() and not os.environ.get("BEVEL_EMULATE"):
         pytest.skip("no emulated Armv8 here: BEVEL_EMULATE=1 fetches some 200 MB for it, once")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real OpenSSH server on loopback."""
+    with serving(tmp_path_factory.mktemp("ssh")) as started:
+        yield started

@@ -19,7 +19,7 @@ from bevel.core.errors import MeasurementError, MissingDependencyError
 from bevel.devices import open_device
 from bevel.testing.devices import DeviceContract
 from bevel.testing.plugin import assert_readable
-from conftest import make_key
+from openssh import make_key
 
 pytestmark = pytest.mark.usefixtures("server")
 

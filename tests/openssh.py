@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -155,13 +157,13 @@ class Server:
         return found
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A server that the client's settings fit."""
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A running server that the client's settings fit."""
     pytest.importorskip("paramiko")
     if find_sshd() is None or shutil.which("ssh-keygen") is None:
         pytest.skip("no OpenSSH server here: `make test` fetches one on Debian")
-    started = Server(tmp_path_factory.mktemp("ssh"))
+    started = Server(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(started.home))
         patch.delenv("SSH_AUTH_SOCK", raising=False)
