@@ -7,10 +7,12 @@ import torch
 from quantize_networks import uneven
 from torch import nn
 
-from bevel.core.errors import ExportError
-from bevel.core.recipe import QatStep
+from bevel.core import plugins
+from bevel.core.errors import ExportError, MissingDependencyError
+from bevel.core.recipe import QatStep, Quantization
 from bevel.finetuning.train import finetune
 from bevel.graph.program import export_program
+from bevel.pipeline.int8 import quantizer_of
 from bevel.quantization.annotate import FusingQuantizer
 from bevel.quantization.aware import freeze, quantization_aware, trained_weights
 from bevel.quantization.pt2e import quantize
@@ -42,13 +44,26 @@ def rounded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return module(x)
 
 
+def int8_runtimes() -> list[str]:
+    """The installed runtimes that have int8."""
+    found = []
+    for name in plugins.discover("runtimes"):
+        try:
+            module = plugins.load("runtimes", name)
+        except MissingDependencyError:
+            continue
+        found += [name] if "int8" in module.PRECISIONS else []
+    return found
+
+
+@pytest.mark.parametrize("runtime", int8_runtimes())
 @pytest.mark.parametrize("network", [Plain, Projection, Grouped, Concat])
-def test_it_starts_as_what_the_export_computes(network):
+def test_it_starts_as_what_the_runtimes_int8_computes_and_learns(network, runtime):
     net = randomise(network())
     x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     program = export_program(net, (EXAMPLE,))
-    aware = quantization_aware(program, FusingQuantizer(u8s8()), [x])
-    expected = rounded(quantize(program, FusingQuantizer(u8s8()), [x]), x)
+    aware = quantization_aware(program, quantizer_of(runtime, Quantization()), [x])
+    expected = rounded(quantize(program, quantizer_of(runtime, Quantization()), [x]), x)
     got = rounded(aware, x)
     spread = expected.max() - expected.min()
     assert (got - expected).abs().mean() < 0.004 * spread
@@ -56,6 +71,9 @@ def test_it_starts_as_what_the_export_computes(network):
     own = {name for name, _ in net.named_parameters()}
     assert {name for name, _ in aware.named_parameters()} == own
     assert set(net.state_dict()) <= set(aware.state_dict())
+    aware.train()
+    aware(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in aware.parameters())
 
 
 def test_all_weights_learn_and_come_back():

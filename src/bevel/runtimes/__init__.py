@@ -94,7 +94,9 @@ def load_runtime(name: str, precision: str | None = None) -> Runtime:
 def channel_step(targets: Iterable[tuple[str, str]]) -> int:
     """The largest step of channels that any of these (runtime, precision) is fast with.
 
-    Steps are powers of two, so widths of the largest suit all of them.
+    Steps are powers of two, so widths of the largest suit all of them. They follow from how the
+    runtimes' kernels lay channels out; how much a width in between costs on a processor is for
+    `bevel measure` to say.
 
     Raises:
         UnknownNameError: there is no such runtime.
