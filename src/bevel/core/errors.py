@@ -40,6 +40,10 @@ class DataError(BevelError):
     """A data set that cannot be used as it is."""
 
 
+class SurgeryError(BevelError):
+    """A surgery rule, or a log of surgery, that does not fit the network."""
+
+
 class PruningError(BevelError):
     """A pruning request that cannot be met, or a plan that does not fit the network.
 

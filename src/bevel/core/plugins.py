@@ -26,7 +26,7 @@ PACKAGES: Mapping[str, str] = {
     "allocators": "bevel.pruning.allocate",
     "runtimes": "bevel.runtimes",
     "devices": "bevel.devices",
-    "rules": "bevel.surgery.rules",
+    "rules": "bevel.rewriting.rules",
 }
 """The kinds of plugin, and the package whose files are bevel's own plugins of that kind."""
 

@@ -114,12 +114,21 @@ class Frame:
     """What it returned, tensors replaced by `Value`s."""
     calls: slice
     module: str
+    entry: int = 0
+    """The number of the module's run that it belongs to: a module may run several times."""
+    ordinal: int = 0
+    """How many calls of the same function came before it in that run."""
 
     def keyword(self, name: str) -> Any:
         """A keyword argument, None where it was not given."""
         if name not in self.keywords:
             return None
         return self.arguments[self.keywords.index(name) - len(self.keywords)]
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument by position or keyword, None where it was not given."""
+        given = len(self.arguments) - len(self.keywords)
+        return self.arguments[position] if position < given else self.keyword(name)
 
 
 @dataclass
@@ -183,6 +192,13 @@ class ModuleStack:
     def __init__(self, net: nn.Module) -> None:
         self.names = {id(module): name for name, module in net.named_modules()}
         self.stack: list[str] = []
+        self.entries: list[int] = []
+        self.entered = 0
+
+    @property
+    def entry(self) -> int:
+        """The number of the run that the innermost module is in, 0 outside of all."""
+        return self.entries[-1] if self.entries else 0
 
     @property
     def top(self) -> str:
@@ -202,9 +218,12 @@ class ModuleStack:
 
     def _enter(self, module: nn.Module, _inputs: Any) -> None:
         self.stack.append(self.names.get(id(module), self.top))
+        self.entered += 1
+        self.entries.append(self.entered)
 
     def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         self.stack.pop()
+        self.entries.pop()
 
 
 class _Operators(TorchDispatchMode):
@@ -315,6 +334,7 @@ class _Functions(TorchFunctionMode):
     def __init__(self, operators: _Operators) -> None:
         super().__init__()
         self.operators = operators
+        self.counts: dict[tuple[int, Any], int] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -322,6 +342,8 @@ class _Functions(TorchFunctionMode):
         recording = self.operators.recording
         start = len(recording.calls)
         kwargs = kwargs or {}
+        entry = self.operators.modules.entry
+        ordinal = self.counts[entry, func] = self.counts.get((entry, func), -1) + 1
         if func in READS_DATA and not self.operators.knows((*args, *kwargs.values())):
             raise LookedError
         result = func(*args, **kwargs)
@@ -330,7 +352,9 @@ class _Functions(TorchFunctionMode):
             calls = slice(start, len(recording.calls))
             arguments = (*value(args), *value(tuple(kwargs.values())))
             module = self.operators.modules.top
-            frame = Frame(func, arguments, tuple(kwargs), value(result), calls, module)
+            frame = Frame(
+                func, arguments, tuple(kwargs), value(result), calls, module, entry, ordinal
+            )
             recording.frames.append(frame)
         return result
 

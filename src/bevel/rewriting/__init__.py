@@ -1,0 +1,1 @@
+"""Model surgery: layers that are dear on embedded processors become cheap ones."""

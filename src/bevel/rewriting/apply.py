@@ -1,0 +1,157 @@
+"""Surgery: rules in order on a copy of a network, each site with its reason and its error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from bevel.core import plugins
+from bevel.core.errors import FORWARD_FAULTS, SurgeryError, UnknownNameError, one_line, suggestion
+from bevel.core.modes import evaluating
+from bevel.rewriting import samples
+from bevel.rewriting.fitting import Error
+from bevel.rewriting.log import SurgeryLog
+from bevel.rewriting.rule import Place, Rule
+from bevel.rewriting.seen import Node, Seen
+from bevel.rewriting.surgeon import Surgeon
+
+SETS: dict[str, tuple[str, ...]] = {
+    "exact": ("drop_path", "inplace_dropout", "focus", "large_max_pool"),
+    "lite": (
+        *("drop_path", "inplace_dropout", "focus", "large_max_pool"),
+        *("squeeze_excite", "silu", "hardswish", "gelu", "mish"),
+    ),
+}
+"""Rules by the name of what they are for, in the order in which they run."""
+
+TOLERANCE = 1e-5
+"""Largest difference that an exact rule may make, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of a place that a rule matched.
+
+    Attributes:
+        rule: its name.
+        place: module and function.
+        reason: why it was left alone; None where it was rewritten.
+        error: what the rewriting costs at the place itself; None where it is exact.
+    """
+
+    rule: str
+    place: str
+    reason: str | None
+    error: Error | None = None
+
+
+@dataclass(frozen=True)
+class Lite:
+    """A rewritten network.
+
+    Attributes:
+        net: an ordinary module of the original's classes.
+        log: what was done; `replay` does it to a fresh network, which then takes the weights.
+        sites: every place that a rule matched, rewritten or not.
+        proven: of each exact rule that rewrote something, the largest difference of the outputs
+            on the calibration images, relative to the largest output.
+    """
+
+    net: nn.Module
+    log: SurgeryLog
+    sites: list[SiteReport] = field(default_factory=list)
+    proven: dict[str, float] = field(default_factory=dict)
+
+
+def surgery(
+    net: nn.Module,
+    example: Tensor,
+    *,
+    rules: str | Sequence[str] = "lite",
+    calibration: Iterable[Tensor] = (),
+) -> Lite:
+    """Rewrite a copy of a network by rules; the original is not touched.
+
+    Args:
+        net: the network.
+        example: images (N, C, H, W) that it can be called with.
+        rules: the name of a set, or names of rules in the order in which they run.
+        calibration: batches of images like those it will see, for what is fitted; without them
+            the example is all there is.
+
+    Raises:
+        UnknownNameError: there is no such rule or set.
+        SurgeryError: a rule breaks the network, or an exact rule changes its answers.
+        ModelError: the network cannot be called on the example.
+    """
+    names = _chosen(rules)
+    batches = list(calibration) or [example]
+    lite = Lite(copy.deepcopy(net), SurgeryLog())
+    for name in names:
+        _apply(name, plugins.load("rules", name), lite, example, batches)
+    return lite
+
+
+def _chosen(rules: str | Sequence[str]) -> Sequence[str]:
+    if isinstance(rules, str):
+        if rules not in SETS:
+            raise UnknownNameError(f"no set of rules called '{rules}'. {suggestion(rules, SETS)}")
+        rules = SETS[rules]
+    for name in rules:
+        plugins.find("rules", name)
+    return rules
+
+
+def _apply(name: str, rule: Rule, lite: Lite, example: Tensor, batches: Sequence[Tensor]) -> None:
+    seen = Seen.of(lite.net, example)
+    found = [(place, rule.check(seen, place)) for place in rule.match(seen)]
+    lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
+    places = [place for place, why in found if why is None]
+    if not places:
+        return
+    before = _outputs(lite.net, batches) if rule.EXACT else []
+    nodes = [place for place in places if isinstance(place, Node)]
+    given = {} if rule.EXACT else samples.take(lite.net, batches, nodes)
+    surgeon = Surgeon(lite.net, seen, given, lite.log)
+    lite.sites.extend(
+        SiteReport(name, _said(place), None, rule.rewrite(surgeon, place)) for place in places
+    )
+    try:
+        after = _outputs(lite.net, batches)
+    except FORWARD_FAULTS as error:
+        raise SurgeryError(
+            f"after the rule '{name}' the network does not run: {one_line(error, 160)}"
+        ) from error
+    if rule.EXACT:
+        lite.proven[name] = difference = _difference(before, after)
+        if not difference <= TOLERANCE:
+            raise SurgeryError(
+                f"the rule '{name}' is to be exact and changes the outputs by {difference:.1e}"
+            )
+
+
+def _said(place: Place) -> str:
+    return place.place if isinstance(place, Node) else place
+
+
+@torch.no_grad()
+def _outputs(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
+    with evaluating(net):
+        results = [net(batch) for batch in batches]
+    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return float("inf")
+    largest = max((float(tensor.abs().max()) for tensor in before if tensor.numel()), default=0.0)
+    apart = max(
+        (float((b - a).abs().max()) for b, a in zip(before, after, strict=True) if b.numel()),
+        default=0.0,
+    )
+    return apart / max(largest, 1e-30)

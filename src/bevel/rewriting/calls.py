@@ -1,0 +1,166 @@
+"""Functions that a module's own forward calls, replaced without touching its source.
+
+The module stays what it was, with the same parameters under the same names; only its class becomes
+a subclass whose forward is run with some calls diverted. A call is named by its function and by how
+many calls of that function come before it in the same forward, children's forwards not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's name as text: `torch.nn.functional.silu`."""
+    return str(resolve_name(function))
+
+
+def first(x: Any, *_rest: Any, **_named: Any) -> Any:
+    """What was given first, unchanged."""
+    return x
+
+
+def second(_first: Any, y: Any, *_rest: Any, **_named: Any) -> Any:
+    """What was given second, unchanged."""
+    return y
+
+
+def relu(x: Any, *_rest: Any, inplace: bool = False, **_named: Any) -> Any:
+    """max(x, 0) of what was given first."""
+    return F.relu(x, inplace=inplace)
+
+
+def relu_of_second(_first: Any, y: Any, *_rest: Any, **_named: Any) -> Any:
+    """max(y, 0) of what was given second."""
+    return F.relu(y)
+
+
+def first_of_them(them: Any, *_rest: Any, **_named: Any) -> Any:
+    """The first of several tensors."""
+    return them[0]
+
+
+DIVERSIONS: dict[str, Callable[..., Any]] = {
+    "first": first,
+    "first of them": first_of_them,
+    "second": second,
+    "relu": relu,
+    "relu of second": relu_of_second,
+}
+"""What a call can become; besides, `module:NAME` is a child's forward of what was given first, and
+`module of second:NAME` of what was given second."""
+
+
+class Depth:
+    """How many children's forwards are running inside a module's own."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def enter(self, *_given: Any) -> None:
+        """A child's forward begins."""
+        self.value += 1
+
+    def leave(self, *_given: Any) -> None:
+        """It has ended, well or not."""
+        self.value -= 1
+
+
+class _Diverting(TorchFunctionMode):
+    def __init__(self, module: Diverted) -> None:
+        super().__init__()
+        self.module, self.depth = module, module.children_running
+        self.counts: Counter[str] = Counter()
+        self.names = {name for name, _ in module.diverted_calls}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.depth.value == 0:
+            name = _cached_name(func)
+            if name in self.names:
+                ordinal = self.counts[name]
+                self.counts[name] += 1
+                becomes = self.module.diverted_calls.get((name, ordinal))
+                if becomes is not None:
+                    return self._instead(becomes)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _instead(self, becomes: str) -> Callable[..., Any]:
+        kind, _, child = becomes.partition(":")
+        if not child:
+            return DIVERSIONS[becomes]
+        position = 0 if kind == "module" else 1
+        return lambda *given, **_named: getattr(self.module, child)(given[position])
+
+
+_cached_name = functools.cache(name_of)
+
+
+class Diverted:
+    """Mixed into the class of a module some of whose calls are replaced."""
+
+    diverted_calls: dict[tuple[str, int], str]
+    children_running: Depth
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with some calls replaced."""
+        self.children_running.value = 0
+        with _Diverting(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # the module's
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """By the class that it was: the subclass has no name that could be found again."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+def divert(module: nn.Module, function: str, ordinal: int, becomes: str) -> None:
+    """Replace a call in a module's own forward, in place.
+
+    A child that is put there later has to be shown to it (`watch`).
+
+    Args:
+        module: whose forward makes the call.
+        function: its name (`name_of`).
+        ordinal: how many calls of it come before in the same forward.
+        becomes: one of `DIVERSIONS`.
+    """
+    if not isinstance(module, Diverted):
+        module.__class__ = _diverted(type(module))
+        assert isinstance(module, Diverted)  # noqa: S101  # its class is one now
+        module.diverted_calls = {}
+        module.children_running = Depth()
+        for child in module.children():
+            watch(module, child)
+    module.diverted_calls[function, ordinal] = becomes
+
+
+def watch(module: nn.Module, child: nn.Module) -> None:
+    """Let a diverted module know when a child's forward runs, whose calls are not its own."""
+    if isinstance(module, Diverted):
+        child.register_forward_pre_hook(module.children_running.enter)
+        child.register_forward_hook(module.children_running.leave, always_call=True)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _diverted(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass, made once per class."""
+    if kind not in _CLASSES:
+        name = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _CLASSES[kind] = type(kind.__name__, (Diverted, kind), name)
+    return _CLASSES[kind]
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    subclass = _diverted(kind)
+    return subclass.__new__(subclass)

@@ -1,0 +1,164 @@
+"""What surgery did to a network, as data that can be done again to a fresh one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from bevel.core.errors import SurgeryError
+from bevel.rewriting.calls import DIVERSIONS, divert, watch
+
+
+class ChannelScale(nn.Module):
+    """Multiplies each channel by a number of its own: (N, C, ...) with a weight of (C,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x times its channels' numbers."""
+        return x * self.weight.reshape(-1, *[1] * (x.ndim - 2))
+
+
+MODULES: Mapping[str, Callable[..., nn.Module]] = {
+    "AlphaDropout": nn.AlphaDropout,
+    "AvgPool2d": nn.AvgPool2d,
+    "ChannelScale": ChannelScale,
+    "Conv2d": nn.Conv2d,
+    "Dropout": nn.Dropout,
+    "Dropout1d": nn.Dropout1d,
+    "Dropout2d": nn.Dropout2d,
+    "Dropout3d": nn.Dropout3d,
+    "Identity": nn.Identity,
+    "MaxPool2d": nn.MaxPool2d,
+    "ReLU": nn.ReLU,
+}
+"""What a module can become; nothing else is made from a log."""
+
+
+class _Action(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Replace(_Action):
+    """Another module takes a module's place, or a new place.
+
+    `repeat` of them in a row where that is more than one.
+    """
+
+    action: Literal["replace"] = "replace"
+    module: str
+    by: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    repeat: int = 1
+
+
+class Divert(_Action):
+    """A call in a module's own forward becomes another; see `calls.divert`."""
+
+    action: Literal["divert"] = "divert"
+    module: str
+    function: str
+    ordinal: int
+    becomes: str
+
+
+class AddBias(_Action):
+    """A layer without bias gets one."""
+
+    action: Literal["bias"] = "bias"
+    module: str
+    channels: int
+
+
+Action = Annotated[Replace | Divert | AddBias, Field(discriminator="action")]
+
+
+class SurgeryLog(BaseModel):
+    """Actions in order. Numbers (weights) are not among them: they are in the state dict."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    actions: list[Action] = Field(default_factory=list)
+
+    def do(self, net: nn.Module, action: Replace | Divert | AddBias) -> None:
+        """Do an action to a network, in place, and note it."""
+        perform(net, action)
+        self.actions.append(action)
+
+
+def replay(net: nn.Module, log: SurgeryLog) -> nn.Module:
+    """Do everything that a log holds to a fresh network of the same class, in place.
+
+    Raises:
+        SurgeryError: the log is another network's.
+    """
+    for action in log.actions:
+        perform(net, action)
+    return net
+
+
+def perform(net: nn.Module, action: Replace | Divert | AddBias) -> None:
+    """Do one action to a network, in place.
+
+    Raises:
+        SurgeryError: the network has no such module, or there is no such replacement.
+    """
+    if isinstance(action, Replace):
+        _replace(net, action)
+        return
+    module = _module(net, action.module)
+    if isinstance(action, Divert):
+        child = action.becomes.partition(":")[2]
+        if action.becomes not in DIVERSIONS and not hasattr(module, child or "?"):
+            raise SurgeryError(
+                f"no call becomes '{action.becomes}'; there are: {_names(DIVERSIONS)}"
+            )
+        divert(module, action.function, action.ordinal, action.becomes)
+    else:
+        if getattr(module, "bias", None) is not None or not hasattr(module, "weight"):
+            raise SurgeryError(f"'{action.module}' takes no new bias: another network's log")
+        like = module.weight
+        assert isinstance(like, Tensor)  # noqa: S101  # of a layer
+        bias = torch.zeros(action.channels, dtype=like.dtype, device=like.device)
+        module.bias = nn.Parameter(bias)
+
+
+def _replace(net: nn.Module, action: Replace) -> None:
+    if action.by not in MODULES:
+        raise SurgeryError(f"no module becomes '{action.by}'; there are: {_names(MODULES)}")
+    parent_name, _, name = action.module.rpartition(".")
+    parent = _module(net, parent_name)
+    old = parent._modules.get(name)
+    try:
+        made = [MODULES[action.by](**action.arguments) for _ in range(action.repeat)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SurgeryError(f"{action.by}({action.arguments}) cannot be made: {error}") from error
+    new = made[0] if action.repeat == 1 else nn.Sequential(*made)
+    like = next(iter((old if old is not None else net).parameters()), None)
+    if like is None:
+        like = next(iter(net.parameters()), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    new.train((old if old is not None else net).training)
+    parent.add_module(name, new)
+    watch(parent, new)
+
+
+def _module(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError as error:
+        raise SurgeryError(
+            f"the network has no module '{name}': the log is another network's"
+        ) from error
+
+
+def _names(known: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(known))

@@ -1,0 +1,1 @@
+"""Surgery rules, one file each."""

@@ -1,0 +1,104 @@
+"""What a rule may do to a network: replace modules, divert calls, fold numbers into layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bevel.rewriting.calls import name_of
+from bevel.rewriting.log import AddBias, Divert, Replace, SurgeryLog
+from bevel.rewriting.samples import Samples
+from bevel.rewriting.seen import Node, Ref, Seen
+
+
+class Surgeon:
+    """The hand of one rule.
+
+    Attributes:
+        net: the copy that is changed.
+        seen: what it called before the rule.
+        samples: what the calls that the rule rewrites were given on calibration images.
+        log: what was done, by this rule and those before it.
+    """
+
+    def __init__(self, net: nn.Module, seen: Seen, samples: Samples, log: SurgeryLog) -> None:
+        self.net, self.seen, self.samples, self.log = net, seen, samples, log
+
+    def replace(self, module: str, by: str, *, repeat: int = 1, **arguments: Any) -> None:
+        """Put another module in place of one; see `log.MODULES`."""
+        self.log.do(self.net, Replace(module=module, by=by, arguments=arguments, repeat=repeat))
+
+    def divert(self, node: Node, becomes: str) -> None:
+        """Make another call of one; see `calls.DIVERSIONS`."""
+        frame = node.frame
+        name = name_of(frame.function)
+        self.log.do(
+            self.net,
+            Divert(module=node.module, function=name, ordinal=frame.ordinal, becomes=becomes),
+        )
+
+    def layer(self, node: Node) -> nn.Module | None:
+        """The layer before a call, if its output channels can be scaled for this call alone."""
+        return self.seen.layer_before(node)
+
+    @torch.no_grad()
+    def scale_output(self, node: Node, scale: Tensor, shift: Tensor) -> None:
+        """Let the layer before a call give s y + t for its y, channel by channel, exactly.
+
+        Args:
+            node: a call for which `layer` is not None.
+            scale: (channels,).
+            shift: (channels,).
+        """
+        maker = self.seen.maker(node.inputs[0])
+        assert maker is not None  # noqa: S101  # the caller asked `layer`
+        module = self.net.get_submodule(maker.module)
+        weight, bias = _parameters(module)
+        scale, shift = scale.to(weight), shift.to(weight)
+        if bias is None:
+            self.log.do(self.net, AddBias(module=maker.module, channels=len(scale)))
+            weight, bias = _parameters(module)
+        assert bias is not None  # noqa: S101  # there is one now
+        weight.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        bias.mul_(scale).add_(shift)
+
+    def readers(self, ref: Ref) -> list[Node] | None:
+        """The layers that read a tensor, if these are all and each can scale what it reads."""
+        found = self.seen.readers(ref)
+        fits = all(
+            reader.function in SCALABLE
+            and reader.inputs[0] == ref
+            and self.seen.owner_of_weight(reader) is not None
+            for reader in found
+        )
+        return found if found and fits and ref not in self.seen.outputs else None
+
+    @torch.no_grad()
+    def scale_input(self, readers: list[Node], scale: Tensor) -> None:
+        """Let layers compute what they would of s x, channel by channel, exactly.
+
+        Args:
+            readers: from `readers`.
+            scale: (channels,).
+        """
+        for reader in readers:
+            weight, _ = _parameters(self.net.get_submodule(reader.module))
+            if weight.ndim == 2:
+                weight.mul_(scale.to(weight))
+                continue
+            groups = len(scale) // weight.shape[1]
+            split = weight.reshape(groups, -1, *weight.shape[1:])
+            along = scale.to(weight).reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+            weight.copy_((split * along).reshape(weight.shape))
+
+
+SCALABLE = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
+
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)  # noqa: S101  # `owner_of_weight` found it
+    return weight, bias if isinstance(bias, Tensor) else None

@@ -1,0 +1,223 @@
+"""Surgery on real networks: every site is found, and the result is an ordinary network."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from bevel.core.errors import SurgeryError, UnknownNameError
+from bevel.graph.program import export_program
+from bevel.rewriting.apply import surgery
+from bevel.rewriting.log import Replace, SurgeryLog, replay
+from bevel.testing.plugin import assert_readable
+
+timm = pytest.importorskip("timm")
+
+CLASSES = 5
+DEAR = {
+    "silu": ("silu",), "hardswish": ("hardswish",), "gelu": ("gelu",), "mish": ("mish",),
+    "squeeze_excite": ("sigmoid", "hardsigmoid"),
+}  # fmt: skip
+"""A rule, and the operators of the exported graph of which its sites hold one each."""
+
+
+def timm_net(name: str, **arguments: object) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=CLASSES, **arguments)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet_v3_small": lambda: models.mobilenet_v3_small(num_classes=CLASSES),
+    "efficientnet_b0": lambda: models.efficientnet_b0(num_classes=CLASSES),
+    "mnasnet0_5": lambda: models.mnasnet0_5(num_classes=CLASSES),
+    "regnet_y_400mf": lambda: models.regnet_y_400mf(num_classes=CLASSES),
+    "tf_mobilenetv3_small_100": timm_net("tf_mobilenetv3_small_100"),
+    "tf_efficientnetv2_b0": timm_net("tf_efficientnetv2_b0"),
+    "ghostnet_050": timm_net("ghostnet_050"),
+    "lcnet_050": timm_net("lcnet_050"),
+    "seresnet18": timm_net("legacy_seresnet18"),
+    "convnext_atto": timm_net("convnext_atto"),
+    "vit_tiny": timm_net("vit_tiny_patch16_224", img_size=64, depth=3),
+}
+
+
+def images(count: int, size: int = 64, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def run(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(x)
+
+
+def operators(net: nn.Module, x: Tensor) -> Counter[str]:
+    """Operators of the exported graph, in-place ones under the name of the others."""
+    graph = export_program(net, (x,)).graph
+    names = (str(n.target) for n in graph.nodes if n.op == "call_function")
+    return Counter(n.split(".")[1].rstrip("_") for n in names if n.startswith("aten."))
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def operated(request):
+    torch.manual_seed(0)
+    net = NETWORKS[request.param]().eval()
+    before = copy.deepcopy(net.state_dict())
+    x = images(4)
+    lite = surgery(net, x)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    return NETWORKS[request.param], net, lite, x
+
+
+def test_no_site_is_missed(operated):
+    _, net, lite, x = operated
+    before, after = operators(net, x[:2]), operators(lite.net, x[:2])
+    for rule, names in DEAR.items():
+        count = sum(before[name] for name in names)
+        if count:
+            alone = surgery(net, x, rules=[rule])
+            assert len(alone.sites) == count, rule
+            left = sum(site.reason is not None for site in alone.sites)
+            assert sum(operators(alone.net, x[:2])[name] for name in names) == left, rule
+    kept = {site.rule for site in lite.sites if site.reason is not None}
+    assert not kept
+    assert not any(after[name] for names in DEAR.values() for name in names)
+
+
+def test_what_is_fitted_is_closer_than_the_naive_swap(operated):
+    *_, lite, _ = operated
+    errors = [site.error for site in lite.sites if site.error is not None]
+    assert all(error.fitted <= error.naive + 1e-6 for error in errors)
+    if errors:
+        assert sum(e.fitted for e in errors) < 0.9 * sum(e.naive for e in errors)
+
+
+def test_it_is_an_ordinary_network_that_a_log_makes_again(operated):
+    factory, net, lite, x = operated
+    log = SurgeryLog.model_validate_json(lite.log.model_dump_json())
+    fresh = replay(factory(), log).eval()
+    fresh.load_state_dict(lite.net.state_dict())
+    wanted = run(lite.net, x)
+    assert torch.equal(run(fresh, x), wanted)
+    assert torch.equal(run(copy.deepcopy(lite.net), x), wanted)
+    assert torch.equal(run(pickle.loads(pickle.dumps(lite.net)), x), wanted)  # noqa: S301 - its own
+    again = surgery(net, x).net
+    assert torch.equal(run(again, x), wanted)
+    assert isinstance(lite.net, type(net))
+    trained = copy.deepcopy(lite.net).train()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    F.cross_entropy(trained(x), torch.arange(len(x)) % CLASSES).backward()
+    optimizer.step()
+    assert [n for n, p in trained.named_parameters() if p.grad is None] == []
+
+
+class ByHand(nn.Module):
+    """Dear layers as functions in a forward, one of them twice, beside cheap ones of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.last = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x * torch.sigmoid(x)
+        x = F.silu(self.second(x))
+        gate = torch.sigmoid(self.up(F.relu(self.down(torch.mean(x, (2, 3), keepdim=True)))))
+        x = self.last(x * gate)
+        x = x * 2.0
+        return self.head(torch.sigmoid(x).mean((2, 3)))
+
+
+def test_functions_in_a_forward_are_rewritten_and_others_are_not():
+    torch.manual_seed(0)
+    net, x = ByHand().eval(), images(4, 16)
+    lite = surgery(net, x)
+    assert Counter(site.rule for site in lite.sites) == {"silu": 2, "squeeze_excite": 1}
+    assert all(site.reason is None for site in lite.sites)
+    counted = operators(lite.net, x)
+    assert (counted["silu"], counted["sigmoid"], counted["mul"]) == (0, 1, 1)
+    assert counted["conv2d"] == 3
+    assert counted["relu"] == 2
+    names = {name for name, _ in lite.net.named_parameters()}
+    assert not any(name.startswith(("down", "up")) for name in names)
+    assert names < {name for name, _ in net.named_parameters()}
+
+
+class Focus(nn.Module):
+    """YOLOv5's stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 8, 3, 1, 1, bias=False)
+        self.pool = nn.MaxPool2d(5, 1, 2)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
+        x = self.conv(torch.cat(halves, 1))
+        x = torch.cat([x, self.pool(x), self.pool(self.pool(x))]).unflatten(0, (3, -1)).mean(0)
+        return self.head(x.mean((2, 3)))
+
+
+def test_exact_rules_change_no_answer():
+    torch.manual_seed(0)
+    net, x = Focus().eval(), images(4, 32)
+    lite = surgery(net, x, rules="exact")
+    assert [(site.rule, site.reason) for site in lite.sites] == [
+        ("focus", None),
+        *[("large_max_pool", None)] * 3,
+    ]
+    assert max(lite.proven.values()) <= 1e-6
+    assert torch.allclose(run(lite.net, x), run(net, x), atol=1e-6)
+    counted = operators(lite.net, x)
+    assert counted["slice"] == 0
+    kernels = {m.kernel_size for m in lite.net.modules() if isinstance(m, nn.MaxPool2d)}
+    assert kernels == {3}
+    assert lite.net.conv.stride == (2, 2)
+
+
+def test_what_cannot_be_rewritten_says_why():
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            gate = torch.sigmoid(x)
+            return self.pool(x * gate), gate
+
+    lite = surgery(Read(), images(2, 32))
+    reasons = {site.rule: site.reason for site in lite.sites}
+    assert reasons["silu"] == "something else reads the gate"
+    assert reasons["large_max_pool"] == "its kernel is 6x6, not odd and square"
+    assert lite.log.actions == []
+
+
+def refused(kind: type[Exception], words: str, act: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        act()
+    assert_readable(caught.value)
+    assert words in str(caught.value)
+
+
+def test_mistakes_are_one_line_each():
+    net, x = ByHand(), images(2, 16)
+    refused(UnknownNameError, "lite", lambda: surgery(net, x, rules="light"))
+    refused(UnknownNameError, "silu", lambda: surgery(net, x, rules=["sliu"]))
+    other = SurgeryLog(actions=[Replace(module="body.3", by="ReLU")])
+    refused(SurgeryError, "no module 'body'", lambda: replay(ByHand(), other))
+    other = SurgeryLog(actions=[Replace(module="first", by="Linear2")])
+    refused(SurgeryError, "no module becomes 'Linear2'", lambda: replay(ByHand(), other))
+    wrong = SurgeryLog(actions=[Replace(module="first", by="ReLU", arguments={"size": 3})])
+    refused(SurgeryError, "cannot be made", lambda: replay(ByHand(), wrong))
