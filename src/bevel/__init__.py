@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bevel.pruning.planning import plan_pruning
     from bevel.pruning.verify import verify_pruning
     from bevel.reporting import report
+    from bevel.rewriting.apply import surgery
     from bevel.runtimes import export
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "report",
     "run",
     "save_pruned",
+    "surgery",
     "verify_pruning",
 ]
 
@@ -82,6 +84,7 @@ _HOMES = {
     "report": "bevel.reporting",
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",
+    "surgery": "bevel.rewriting.apply",
     "verify_pruning": "bevel.pruning.verify",
 }
 """Where each public name lives: its module, and its name there where that differs."""

@@ -192,6 +192,7 @@ def _prune_and_save(
         whole,
         out,
         model=network.description(),
+        surgery=network.surgery,
         program=program,
         example_inputs=example,
     )
@@ -316,7 +317,13 @@ def finetune(
                 source.model.name, source.model.arguments, source.model.checkpoint
             )
         trained = bevel.finetune(network.net, data, settings, seed=source.seed, teacher=teacher)
-        bevel.save_pruned(trained.net, network.plan, out, model=network.description())
+        bevel.save_pruned(
+            trained.net,
+            network.plan,
+            out,
+            model=network.description(),
+            surgery=network.surgery,
+        )
     top1 = trained.history[-1]["validation_top1"]
     if json:
         console.print_json(

@@ -16,9 +16,6 @@ MODELS_ELSEWHERE = (
     "Also: torchvision:NAME (such as torchvision:resnet18), timm:NAME (such as "
     "timm:mobilenetv3_small_100; needs the extra 'timm') and path/to/file.py:factory."
 )
-NONE_YET = {
-    "rules": "This version of bevel ships no surgery rules, and no installed package adds one.",
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +72,7 @@ def list_(
     if found:
         console.print_list(found)
     else:
-        console.print_text(NONE_YET.get(kind, f"No {kind} are installed."))
+        console.print_text(f"No {kind} are installed.")
     if kind == "models":
         console.print_text(MODELS_ELSEWHERE)
     if kind == "datasets":

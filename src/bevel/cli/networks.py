@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from bevel.data import Data
     from bevel.pruning.plan import PruningPlan
+    from bevel.rewriting.apply import Lite
+    from bevel.rewriting.log import SurgeryLog
 
 SUFFIX = ".safetensors"
 
@@ -34,6 +36,7 @@ class Network:
     arguments: dict[str, Any]
     input_shape: tuple[int, ...]
     plan: PruningPlan | None
+    surgery: SurgeryLog | None = None
 
     def example(self) -> torch.Tensor:
         """An input of the network's shape; the same one at every call."""
@@ -94,7 +97,7 @@ def _from_file(
 ) -> Network:
     """A pruned network from its file, built as the file says where the caller does not."""
     from bevel.models import build
-    from bevel.pruning.apply import load_pruned, read_metadata
+    from bevel.pruning.apply import load_pruned, read_metadata, read_surgery
 
     plan, stated = read_metadata(path)
     stated = stated or {}
@@ -110,7 +113,8 @@ def _from_file(
     shape = shape or tuple(stated.get("input_shape") or ())
     if not shape:
         raise ModelError(f"{path} does not state its input's shape; give --input 1x3x32x32")
-    return Network(load_pruned(lambda: build(name, given), path), name, given, shape, plan)
+    net = load_pruned(lambda: build(name, given), path)
+    return Network(net, name, given, shape, plan, read_surgery(path))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -205,3 +209,20 @@ def check_output(path: Path, suffix: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise BevelError(f"--out {path}: the folder {path.parent} cannot be written to")
+
+
+def save_lite(network: Network, lite: Lite, example: torch.Tensor, out: Path) -> None:
+    """Write what surgery made of a network, on top of the surgery that it had."""
+    from bevel.graph.couplings import analyze
+    from bevel.pruning.apply import save_pruned
+    from bevel.pruning.plan import make_plan
+    from bevel.rewriting.log import SurgeryLog
+
+    before = network.surgery.actions if network.surgery is not None else []
+    save_pruned(
+        lite.net,
+        make_plan(analyze(lite.net, example), {}),
+        out,
+        model=network.description(),
+        surgery=SurgeryLog(actions=[*before, *lite.log.actions]),
+    )

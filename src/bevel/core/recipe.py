@@ -197,12 +197,21 @@ class PruneStep(Section):
         return self
 
 
+class SurgeryStep(Section):
+    """Replace layers that are dear on embedded processors by cheap ones."""
+
+    rules: str | list[str] = Field(
+        default="lite", description="a set (exact, lite), or rules in order; see: bevel list rules"
+    )
+
+
 class Step(Section):
     """One step: a mapping with the step's verb as its only key."""
 
-    VERBS: ClassVar[tuple[str, ...]] = ("train", "prune", "finetune", "qat")
+    VERBS: ClassVar[tuple[str, ...]] = ("train", "surgery", "prune", "finetune", "qat")
 
     train: TrainStep | None = None
+    surgery: SurgeryStep | None = None
     prune: PruneStep | None = None
     finetune: FinetuneStep | None = None
     qat: QatStep | None = None
@@ -221,9 +230,9 @@ class Step(Section):
         return next(verb for verb in self.VERBS if getattr(self, verb) is not None)
 
     @property
-    def settings(self) -> TrainStep | PruneStep:
+    def settings(self) -> TrainStep | PruneStep | SurgeryStep:
         """The settings under the verb."""
-        value: TrainStep | PruneStep = getattr(self, self.verb)
+        value: TrainStep | PruneStep | SurgeryStep = getattr(self, self.verb)
         return value
 
 
@@ -309,6 +318,14 @@ class Recipe(Section):
         """Only a finetune step has an original to learn from."""
         if any(step.train is not None and step.train.distill is not None for step in self.steps):
             raise ValueError("train has no original to distill from; distill belongs to finetune")
+        return self
+
+    @model_validator(mode="after")
+    def surgery_before_pruning(self) -> Recipe:
+        """A plan is on what surgery has made."""
+        verbs = [step.verb for step in self.steps]
+        if "prune" in verbs and "surgery" in verbs[verbs.index("prune") :]:
+            raise ValueError("surgery comes before the first prune step")
         return self
 
     @model_validator(mode="after")

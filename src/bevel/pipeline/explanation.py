@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bevel.core import plugins
 from bevel.core.errors import DataError
 from bevel.core.modes import evaluating
-from bevel.core.recipe import PruneStep, Recipe, TrainStep
+from bevel.core.recipe import PruneStep, Recipe, SurgeryStep, TrainStep
 from bevel.core.records import Cost, Record
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -221,6 +221,10 @@ class _Clock:
                 lines.append(StepLine(verb="prune", what=what, seconds=self._pruning(settings)))
                 if settings.budget is not None and settings.budget.macs is not None:
                     share *= settings.budget.macs
+            elif isinstance(settings, SurgeryStep):
+                rules = settings.rules
+                what = rules if isinstance(rules, str) else ", ".join(rules)
+                lines.append(StepLine(verb="surgery", what=f"rules: {what}", seconds=None))
             else:
                 what = f"{settings.epochs} epochs, lr {settings.lr:g}"
                 what += ", learning from the original too" if settings.distill else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.progress import note
-from bevel.core.recipe import PruneStep, QatStep, Recipe, Target, TrainStep
+from bevel.core.recipe import PruneStep, QatStep, Recipe, SurgeryStep, Target, TrainStep
 from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -30,10 +30,12 @@ from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import fall_back, train_for_int8
-from bevel.pruning.apply import load_pruned, prune, read_metadata, save_pruned
+from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.planning import LabelledBatches, plan_pruning
 from bevel.pruning.verify import verify_pruning
+from bevel.rewriting.apply import chosen, surgery
+from bevel.rewriting.log import SurgeryLog
 from bevel.runtimes import channel_step, export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
@@ -44,10 +46,11 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """What flows from step to step: a network, and the plan that leads to it from the factory."""
+    """What flows from step to step: a network, and what leads to it from the factory."""
 
     net: nn.Module
     plan: PruningPlan
+    surgery: SurgeryLog = field(default_factory=SurgeryLog)
 
 
 class Flow:
@@ -60,15 +63,15 @@ class Flow:
     def execute(self) -> None:
         """Everything the recipe says, in order."""
         model = original = self._start()
-        pruned = False
+        changed = False
         for number, step in enumerate(self.recipe.steps, start=1):
             name = f"{number:02d}-{step.verb}"
-            pruned = pruned or step.verb == "prune"
+            changed = changed or step.verb in ("surgery", "prune")
             model = self._step(name, step.verb, step.settings, model, original)
-            if not pruned:
+            if not changed:
                 original = model
         self._save(model, self.folder.path / "compressed.safetensors")
-        self.folder.update(original=model.plan.before, compressed=model.plan.after)
+        self.folder.update(original=original.plan.before, compressed=model.plan.after)
         networks = {"original": original.net, "compressed": model.net}
         self._measure(self._export(networks), networks)
 
@@ -102,13 +105,13 @@ class Flow:
             "arguments": section.arguments,
             "input_shape": list(self.data.input_shape),
         }
-        save_pruned(model.net, model.plan, path, model=description)
+        save_pruned(model.net, model.plan, path, model=description, surgery=model.surgery)
 
     def _restore(self, path: Path) -> Model:
         """The network in a step's file; its plan replaces the starting weights."""
         section = self.recipe.model
         net = load_pruned(lambda: build(section.name, section.arguments), path)
-        return Model(net, read_metadata(path)[0])
+        return Model(net, read_metadata(path)[0], read_surgery(path))
 
     # -- steps on the network -------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class Flow:
         self,
         name: str,
         verb: str,
-        settings: TrainStep | PruneStep,
+        settings: TrainStep | PruneStep | SurgeryStep,
         model: Model,
         original: Model,
     ) -> Model:
@@ -127,6 +130,8 @@ class Flow:
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
             model, numbers = self._prune(model, settings)
+        elif isinstance(settings, SurgeryStep):
+            model, numbers = self._operate(model, settings)
         elif isinstance(settings, QatStep):
             model, numbers = self._train_for_int8(name, model, settings, original)
         else:
@@ -154,7 +159,7 @@ class Flow:
             "validation_top1": trained.history[-1]["validation_top1"],
             "execution": trained.execution,
         }
-        return Model(trained.net, model.plan), numbers
+        return replace(model, net=trained.net), numbers
 
     def _train_for_int8(
         self, name: str, model: Model, settings: QatStep, original: Model
@@ -174,7 +179,26 @@ class Flow:
             "validation_top1": self._validate(net),
             "execution": trained.execution,
         }
-        return Model(net, model.plan), numbers
+        return replace(model, net=net), numbers
+
+    def _operate(self, model: Model, settings: SurgeryStep) -> tuple[Model, Numbers]:
+        images = [batch for batch, _ in self._calibration()]
+        lite = surgery(model.net, self.example, rules=settings.rules, calibration=images)
+        plan = make_plan(analyze(lite.net, self.example), {})
+        before = self._validate(model.net)
+        recalibrate(lite.net, images)
+        numbers = {
+            "macs_before": model.plan.after.macs,
+            "macs": plan.after.macs,
+            "params_before": model.plan.after.params,
+            "params": plan.after.params,
+            "sites": [asdict(site) for site in lite.sites],
+            "proven": lite.proven,
+            "validation_top1_before": before,
+            "validation_top1": self._validate(lite.net),
+        }
+        actions = [*model.surgery.actions, *lite.log.actions]
+        return Model(lite.net, plan, SurgeryLog(actions=actions)), numbers
 
     def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
@@ -202,7 +226,7 @@ class Flow:
             "validation_top1_before": before,
             "validation_top1": self._validate(pruned),
         }
-        return Model(pruned, model.plan.then(plan)), numbers
+        return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
 
     def _validate(self, net: nn.Module) -> float:
         return evaluate(net, self.data.batches("validation"), label="validation").top1
@@ -341,6 +365,8 @@ def check_names(recipe: Recipe) -> None:
         if step.prune is not None:
             plugins.find("criteria", step.prune.criterion)
             plugins.find("allocators", step.prune.allocate)
+        if step.surgery is not None:
+            chosen(step.surgery.rules)
     for target in recipe.targets:
         load_runtime(target.runtime, target.precision)
         plugins.find("devices", split_address(target.device)[0])

@@ -23,6 +23,7 @@ from bevel.graph.copying import copy_with, like, tensors_of
 from bevel.graph.program import export_program
 from bevel.graph.record import ExampleInputs, as_arguments, as_keywords
 from bevel.pruning.plan import PruningPlan, TensorCut, indices
+from bevel.rewriting.log import SurgeryLog, replay
 
 PIECE = 1 << 17
 """Elements of a tensor that are cut in one go: they stay in the processor's cache."""
@@ -197,6 +198,7 @@ def save_pruned(
     path: Path | str,
     *,
     model: dict[str, Any] | None = None,
+    surgery: SurgeryLog | None = None,
     program: bool = False,
     example_inputs: ExampleInputs | None = None,
 ) -> None:
@@ -210,10 +212,11 @@ def save_pruned(
 
     Args:
         pruned: the pruned network, trained further or not.
-        plan: the plan on the original network.
+        plan: the plan on the original network, or on what surgery made of it.
         path: a `.safetensors` file; it appears whole or not at all, as the program does.
         model: how to build the original (`name`, `arguments`, `input_shape`), so that the file
             can be loaded by itself.
+        surgery: what was done to the original before the plan.
         program: write the program as well.
         example_inputs: what the program is traced with: a tensor, or the forward's positional
             arguments, all tensors with the batch first.
@@ -224,7 +227,10 @@ def save_pruned(
     path = Path(path)
     exported = export_program(pruned, _tensors(example_inputs)) if program else None
     tensors = {name: tensor.contiguous() for name, tensor in _unshared(pruned).items()}
-    metadata = json.dumps({"plan": plan.model_dump(mode="json"), "model": model})
+    content = {"plan": plan.model_dump(mode="json"), "model": model}
+    if surgery is not None and surgery.actions:
+        content["surgery"] = surgery.model_dump(mode="json")
+    metadata = json.dumps(content)
     if exported is not None:
         with atomic(program_path(path)) as temporary:
             torch.export.save(exported, temporary)
@@ -250,15 +256,16 @@ def _tensors(example_inputs: ExampleInputs | None) -> tuple[Tensor, ...]:
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: Path | str) -> nn.Module:
-    """Build the original network, replay the plan and load the weights; eval mode.
+    """Build the original network, replay surgery and plan, and load the weights; eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged, or was not written by `save_pruned`, or its
             weights are another network's.
+        SurgeryError: the surgery does not fit what the factory builds.
         PruningError: the plan is malformed, or does not fit what the factory builds.
     """
     plan, _ = read_metadata(path)
-    pruned = prune(factory(), plan)
+    pruned = prune(replay(factory(), read_surgery(path)), plan)
     with safe_open(Path(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = pruned.state_dict()
@@ -285,14 +292,7 @@ def read_metadata(path: Path | str) -> tuple[PruningPlan, dict[str, Any] | None]
         PruningError: the plan in it is malformed.
     """
     try:
-        with safe_open(Path(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("bevel")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
-    if text is None:
-        raise CheckpointError(f"{path} holds weights but no pruning plan: bevel did not write it")
-    try:
-        content = json.loads(text)
+        content = json.loads(_metadata(path))
         plan, model = content["plan"], content["model"]
     except (ValueError, TypeError, LookupError) as error:
         raise CheckpointError(
@@ -301,6 +301,32 @@ def read_metadata(path: Path | str) -> tuple[PruningPlan, dict[str, Any] | None]
     if not isinstance(model, dict | None):
         raise CheckpointError(f"{path} has a damaged record of its model: {one_line(model, 60)}")
     return PruningPlan.parse(json.dumps(plan), str(path)), model
+
+
+def read_surgery(path: Path | str) -> SurgeryLog:
+    """What was done to the original before the plan; an empty log where there was no surgery.
+
+    Raises:
+        CheckpointError: as `read_metadata`, or the log is malformed.
+    """
+    try:
+        return SurgeryLog.model_validate(json.loads(_metadata(path)).get("surgery") or {})
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged record of its surgery: {one_line(error, 120)}"
+        ) from error
+
+
+def _metadata(path: Path | str) -> str:
+    """bevel's record in a safetensors file."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            text: str | None = (file.metadata() or {}).get("bevel")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
+    if text is None:
+        raise CheckpointError(f"{path} holds weights but no pruning plan: bevel did not write it")
+    return text
 
 
 def _unshared(net: nn.Module) -> dict[str, Tensor]:

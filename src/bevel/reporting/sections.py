@@ -40,6 +40,27 @@ def fallbacks(record: RunRecord) -> list[str]:
     ]
 
 
+def surgeries(record: RunRecord) -> list[str]:
+    """Per surgery step and rule: places, what they lose, and why others were left alone."""
+    lines = []
+    for position, step in enumerate(record.steps, start=1):
+        for rule in dict.fromkeys(site["rule"] for site in step.numbers.get("sites", ())):
+            sites = [site for site in step.numbers["sites"] if site["rule"] == rule]
+            done = [site for site in sites if site["reason"] is None]
+            errors = [site["error"] for site in done if site["error"] is not None]
+            said = f"step {position}, {rule}: {len(done)} of {len(sites)} places"
+            if errors:
+                naive, fitted = (
+                    sum(error[key] for error in errors) / len(errors) for key in ("naive", "fitted")
+                )
+                said += f"; mean error there {fitted:.3f}, of the naive swap {naive:.3f}"
+            elif rule in step.numbers["proven"]:
+                said += f"; exact, outputs differ by {step.numbers['proven'][rule]:.1e}"
+            reasons = dict.fromkeys(site["reason"] for site in sites if site["reason"])
+            lines.append(said + "".join(f"; {reason}" for reason in reasons))
+    return lines
+
+
 def groups(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
     """Per pruning step: its title, and {name, before, after} of every channel group."""
     return [

@@ -45,6 +45,9 @@ def markdown(record: RunRecord) -> str:
     proofs = sections.proofs(record)
     if proofs:
         blocks += ["## Proof", bullets(proofs)]
+    surgeries = sections.surgeries(record)
+    if surgeries:
+        blocks += ["## Surgery", bullets(surgeries)]
     notes = sections.notes(record)
     if notes:
         blocks += ["## Channels that stay", bullets(notes)]

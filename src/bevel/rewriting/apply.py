@@ -89,7 +89,7 @@ def surgery(
         SurgeryError: a rule breaks the network, or an exact rule changes its answers.
         ModelError: the network cannot be called on the example.
     """
-    names = _chosen(rules)
+    names = chosen(rules)
     batches = list(calibration) or [example]
     lite = Lite(copy.deepcopy(net), SurgeryLog())
     for name in names:
@@ -97,14 +97,20 @@ def surgery(
     return lite
 
 
-def _chosen(rules: str | Sequence[str]) -> Sequence[str]:
-    if isinstance(rules, str):
-        if rules not in SETS:
-            raise UnknownNameError(f"no set of rules called '{rules}'. {suggestion(rules, SETS)}")
-        rules = SETS[rules]
-    for name in rules:
-        plugins.find("rules", name)
-    return rules
+def chosen(rules: str | Sequence[str]) -> Sequence[str]:
+    """The names of the rules of a set, or those that were named.
+
+    Raises:
+        UnknownNameError: there is no such set or rule.
+    """
+    names = SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
+    for name in names:
+        if name not in plugins.discover("rules"):
+            known = [*SETS, *plugins.discover("rules")]
+            raise UnknownNameError(
+                f"no rule or set of rules called '{name}'. {suggestion(name, known)}"
+            )
+    return names
 
 
 def _apply(name: str, rule: Rule, lite: Lite, example: Tensor, batches: Sequence[Tensor]) -> None:

@@ -1,0 +1,175 @@
+"""`bevel surgery`: dear layers become cheap ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import bevel.cli.console as console
+import bevel.cli.networks as networks
+from bevel.cli.files import Arguments, Checkpoint, Input, Model, RecipeOption
+from bevel.cli.runs import Json, Set
+from bevel.core.errors import RecipeError
+from bevel.core.files import sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bevel.core.recipe import Target
+    from bevel.measurement.payoff import Payoff
+    from bevel.rewriting.apply import SiteReport
+
+COLUMNS = ("rule", "places", "rewritten", "error, naive", "error, fitted", "left alone because")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(surgery)
+
+
+def surgery(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+    rules: Annotated[
+        str,
+        typer.Option(
+            help="exact, lite, or rules joined by commas (bevel list rules); auto: those of lite "
+            "that save time on --target."
+        ),
+    ] = "lite",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUNTIME:PRECISION[@DEVICE]",
+            help="Measure what each rule alone saves there, such as onnxruntime:int8@local.",
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    arguments: Arguments = None,
+    input_shape: Input = None,
+    recipe: RecipeOption = None,
+    overrides: Set = None,
+    json: Json = False,
+) -> None:
+    """Replace layers that are dear on embedded processors by cheap ones; then train the result."""
+    place = _target(target)
+    if rules == "auto" and place is None:
+        raise RecipeError("--rules auto keeps what saves time: give --target, to measure it there")
+    if out is None and not dry_run:
+        raise RecipeError("give --out, the file to write, or --dry-run")
+    if out is not None:
+        networks.check_output(out, networks.SUFFIX)
+    source = networks.read_recipe(recipe, overrides)
+    with console.working(quiet_stdout=json):
+        import bevel
+        from bevel.measurement.payoff import payoffs, worthwhile
+
+        network = networks.open_network(
+            model, arguments=arguments, checkpoint=checkpoint, input_shape=input_shape
+        )
+        if network.plan is not None and network.plan.tensors:
+            raise RecipeError(f"{model} is pruned already; surgery comes before pruning")
+        example, images = network.example(), []
+        if source is not None:
+            data = networks.fitting_data(source, network.net)
+            limit = source.calibration.images
+            images = [batch for batch, _ in data.batches("train", limit=limit)]
+            example = images[0][:2]
+        wanted = _rules("lite" if rules == "auto" else rules)
+        found: list[Payoff] = []
+        if place is not None:
+            found = payoffs(network.net, example, place, rules=wanted, calibration=images)
+            wanted = worthwhile(found) if rules == "auto" else wanted
+        lite = bevel.surgery(network.net, example, rules=wanted, calibration=images)
+        written: dict[str, Any] = {}
+        if out is not None and not dry_run:
+            networks.save_lite(network, lite, example, out)
+            written = {"file": str(out), "size_bytes": out.stat().st_size, "sha256": sha256(out)}
+    if json:
+        sites = [asdict(site) for site in lite.sites]
+        saved = {p.rule: {"before_ms": p.before_ms, "after_ms": p.after_ms} for p in found}
+        console.print_json(
+            {**written, "sites": sites, "proven": lite.proven, "rules": list(wanted)}
+            | ({"measured": saved} if found else {})
+        )
+        return
+    _say(lite.sites, lite.proven, found, None if dry_run else out, example)
+
+
+def _rules(text: str) -> str | Sequence[str]:
+    """A set's name, or names of rules."""
+    return [name.strip() for name in text.split(",")] if "," in text else text
+
+
+def _target(text: str | None) -> Target | None:
+    """`onnxruntime:int8@local` as a recipe's target.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if text is None:
+        return None
+    from pydantic import ValidationError
+
+    from bevel.core.recipe import Target
+
+    what, _, device = text.partition("@")
+    runtime, _, precision = what.partition(":")
+    given = {"runtime": runtime, "precision": precision or "float32", "device": device or "local"}
+    try:
+        return Target.model_validate(given)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"]
+        raise RecipeError(
+            f"--target {text}: {message}; expected RUNTIME:PRECISION@DEVICE, such as "
+            "onnxruntime:int8@local"
+        ) from error
+
+
+def _say(
+    sites: Sequence[SiteReport],
+    proven: dict[str, float],
+    found: Sequence[Payoff],
+    out: Path | None,
+    example: Tensor,
+) -> None:
+    """The table of rules, for people."""
+    rows = []
+    for rule in dict.fromkeys(site.rule for site in sites):
+        own = [site for site in sites if site.rule == rule]
+        errors = [site.error for site in own if site.error is not None]
+        naive = sum(error.naive for error in errors) / len(errors) if errors else None
+        fitted = sum(error.fitted for error in errors) / len(errors) if errors else None
+        done = sum(site.reason is None for site in own)
+        reasons = ", ".join(dict.fromkeys(site.reason for site in own if site.reason))
+        exact = f"exact ({proven[rule]:.0e})" if rule in proven else "-"
+        rows.append(
+            [
+                rule,
+                str(len(own)),
+                str(done),
+                exact if naive is None else f"{naive:.3f}",
+                "" if fitted is None else f"{fitted:.3f}",
+                reasons,
+            ]
+        )
+    if rows:
+        console.print_table(COLUMNS, rows)
+    else:
+        console.print_text("no rule matches anything")
+    for payoff in found:
+        if payoff.after_ms is not None:
+            console.print_text(
+                f"{payoff.rule}: {payoff.before_ms:.3g} ms -> {payoff.after_ms:.3g} ms alone, "
+                f"saves {payoff.saved:.0%}"
+            )
+    if out is not None:
+        size = "x".join(map(str, example.shape))
+        console.print_text(f"{out}: load it with bevel.load_pruned, train it on inputs like {size}")
