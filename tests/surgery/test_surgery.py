@@ -134,20 +134,22 @@ class ByHand(nn.Module):
         x = F.silu(self.second(x))
         gate = torch.sigmoid(self.up(F.relu(self.down(torch.mean(x, (2, 3), keepdim=True)))))
         x = self.last(x * gate)
+        x = torch.sigmoid(x) * x
         x = x * 2.0
         return self.head(torch.sigmoid(x).mean((2, 3)))
 
 
-def test_functions_in_a_forward_are_rewritten_and_others_are_not():
+@pytest.mark.parametrize("rules", [["squeeze_excite", "silu"], ["silu", "squeeze_excite"]])
+def test_functions_in_a_forward_are_rewritten_and_others_are_not(rules):
     torch.manual_seed(0)
     net, x = ByHand().eval(), images(4, 16)
-    lite = surgery(net, x)
-    assert Counter(site.rule for site in lite.sites) == {"silu": 2, "squeeze_excite": 1}
+    lite = surgery(net, x, rules=rules)
+    assert Counter(site.rule for site in lite.sites) == {"silu": 3, "squeeze_excite": 1}
     assert all(site.reason is None for site in lite.sites)
     counted = operators(lite.net, x)
     assert (counted["silu"], counted["sigmoid"], counted["mul"]) == (0, 1, 1)
     assert counted["conv2d"] == 3
-    assert counted["relu"] == 2
+    assert counted["relu"] == 3
     names = {name for name, _ in lite.net.named_parameters()}
     assert not any(name.startswith(("down", "up")) for name in names)
     assert names < {name for name, _ in net.named_parameters()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,8 @@ class Frame:
     entry: int = 0
     """The number of the module's run that it belongs to: a module may run several times."""
     ordinal: int = 0
-    """How many calls of the same function came before it in that run."""
+    """How many calls of the same function came before it in that run; -1 if it stands in for
+    another call."""
 
     def keyword(self, name: str) -> Any:
         """A keyword argument, None where it was not given."""
@@ -329,12 +330,35 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Turns the functions that the network's code calls into `Frame`s."""
+    """Turns the functions that the network's code calls into `Frame`s.
+
+    Attributes:
+        running: those that are recording, the innermost last.
+        counts: calls so far, by the module's run and function.
+        standing_in: whether what is called stands in for a call that was counted already.
+    """
+
+    running: ClassVar[list[_Functions]] = []
 
     def __init__(self, operators: _Operators) -> None:
         super().__init__()
         self.operators = operators
         self.counts: dict[tuple[int, Any], int] = {}
+        self.standing_in = False
+
+    def __enter__(self) -> Any:
+        self.running.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def __exit__(self, *error: object) -> None:
+        self.running.pop()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def count(self, function: Any) -> int:
+        """How many calls of it came before in this run of its module; this one is counted."""
+        key = self.operators.modules.entry, function
+        self.counts[key] = self.counts.get(key, -1) + 1
+        return self.counts[key]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -343,7 +367,7 @@ class _Functions(TorchFunctionMode):
         start = len(recording.calls)
         kwargs = kwargs or {}
         entry = self.operators.modules.entry
-        ordinal = self.counts[entry, func] = self.counts.get((entry, func), -1) + 1
+        ordinal = -1 if self.standing_in else self.count(func)
         if func in READS_DATA and not self.operators.knows((*args, *kwargs.values())):
             raise LookedError
         result = func(*args, **kwargs)
@@ -357,6 +381,21 @@ class _Functions(TorchFunctionMode):
             )
             recording.frames.append(frame)
         return result
+
+
+@contextmanager
+def standing_in(function: Any) -> Iterator[None]:
+    """What is called in here stands in for a call of `function`, which alone is counted."""
+    if not _Functions.running:
+        yield
+        return
+    recorder = _Functions.running[-1]
+    recorder.count(function)
+    recorder.standing_in = True
+    try:
+        yield
+    finally:
+        recorder.standing_in = False
 
 
 def is_frame(function: Any, result: Any) -> bool:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from bevel.graph.record import standing_in
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """A function's name as text: `torch.nn.functional.silu`."""
@@ -91,7 +93,8 @@ class _Diverting(TorchFunctionMode):
                 self.counts[name] += 1
                 becomes = self.module.diverted_calls.get((name, ordinal))
                 if becomes is not None:
-                    return self._instead(becomes)(*args, **kwargs)
+                    with standing_in(func):
+                        return self._instead(becomes)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _instead(self, becomes: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import name_of
 from bevel.rewriting.log import AddBias, Divert, Replace, SurgeryLog
 from bevel.rewriting.samples import Samples
@@ -34,6 +35,8 @@ class Surgeon:
     def divert(self, node: Node, becomes: str) -> None:
         """Make another call of one; see `calls.DIVERSIONS`."""
         frame = node.frame
+        if frame.ordinal < 0:
+            raise SurgeryError(f"{node.place} stands in for another call already")
         name = name_of(frame.function)
         self.log.do(
             self.net,
