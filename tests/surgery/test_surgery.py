@@ -188,6 +188,73 @@ def test_exact_rules_change_no_answer():
     assert lite.net.conv.stride == (2, 2)
 
 
+class Even(nn.Module):
+    """Patches, an even kernel that pads, one that has no odd equal, and batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.BatchNorm2d(8)
+        self.strided = nn.Conv2d(8, 8, 6, 2, 2, groups=2, bias=False)
+        self.second = nn.BatchNorm2d(8, affine=False)
+        self.dense = nn.Conv2d(8, 8, 2)
+        self.alone = nn.BatchNorm2d(8)
+        self.leaky, self.elu = nn.LeakyReLU(0.2), nn.ELU(inplace=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.elu(self.norm(self.patches(x)))
+        x = self.leaky(self.second(self.strided(x)))
+        return self.head(self.alone(torch.relu(self.dense(x))).mean((2, 3)))
+
+
+def settled(net: nn.Module, x: Tensor) -> nn.Module:
+    """With statistics that are not those of a fresh network."""
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+    net.train()
+    for _ in range(20):
+        run(net, x)
+    return net.eval()
+
+
+def test_even_kernels_and_batch_norms_are_exact():
+    torch.manual_seed(0)
+    x = images(8, 64)
+    net = settled(Even(), x)
+    lite = surgery(net, x, rules=["even_kernel", "batch_norm"])
+    reasons = {site.place: site.reason for site in lite.sites}
+    assert reasons == {
+        "patches: conv2d": None,
+        "strided: conv2d": None,
+        "dense: conv2d": "on 8 pixels one more place of the larger kernel would fit",
+        "norm: batch_norm": None,
+        "second: batch_norm": None,
+        "alone: batch_norm": "no layer whose output it alone reads comes before it",
+    }
+    assert max(lite.proven.values()) <= 1e-5
+    assert torch.allclose(run(lite.net, x), run(net, x), atol=1e-4)
+    assert lite.net.strided.kernel_size == (7, 7)
+    assert operators(lite.net, x)["batch_norm"] == 1
+    fresh = replay(Even(), lite.log).eval()
+    fresh.load_state_dict(lite.net.state_dict())
+    assert torch.equal(run(fresh, x), run(lite.net, x))
+
+
+def test_activations_that_are_smooth_or_leak_become_relu():
+    torch.manual_seed(0)
+    x = images(8, 64)
+    net = settled(Even(), x)
+    lite = surgery(net, x, rules="tidl")
+    done = {site.rule: site.error for site in lite.sites if site.error is not None}
+    assert set(done) == {"elu", "leaky_relu"}
+    assert all(0 < error.fitted <= error.naive < 1 for error in done.values())
+    assert {type(lite.net.elu), type(lite.net.leaky)} == {nn.ReLU}
+    assert lite.net.elu.inplace
+
+
 def test_what_cannot_be_rewritten_says_why():
     class Read(nn.Module):
         def __init__(self) -> None:

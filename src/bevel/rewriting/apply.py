@@ -20,14 +20,16 @@ from bevel.rewriting.rule import Place, Rule
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
+_EXACT = ("drop_path", "inplace_dropout", "focus", "large_max_pool")
+_SMOOTH = ("squeeze_excite", "silu", "hardswish", "gelu", "mish", "elu")
+
 SETS: dict[str, tuple[str, ...]] = {
-    "exact": ("drop_path", "inplace_dropout", "focus", "large_max_pool"),
-    "lite": (
-        *("drop_path", "inplace_dropout", "focus", "large_max_pool"),
-        *("squeeze_excite", "silu", "hardswish", "gelu", "mish"),
-    ),
+    "exact": _EXACT,
+    "lite": (*_EXACT, *_SMOOTH),
+    "tidl": (*_EXACT, *_SMOOTH, "leaky_relu", "even_kernel"),
 }
-"""Rules by the name of what they are for, in the order in which they run."""
+"""Rules by the name of what they are for, in the order in which they run. `tidl`: what accelerators
+that know odd kernels and ReLU only ask for."""
 
 TOLERANCE = 1e-5
 """Largest difference that an exact rule may make, relative to the largest output."""

@@ -1,0 +1,72 @@
+"""Convolution of even size k -> of size k + 1 with zeros at its first row and column; exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bevel.rewriting.seen import Node, Seen
+from bevel.rewriting.surgeon import Surgeon
+
+EXACT = True
+
+
+def match(seen: Seen) -> Iterator[Node]:
+    """2-d convolutions with an even size, other than 1 by something."""
+    for node in seen.calls([torch.conv2d]):
+        conv = seen.modules.get(node.module)
+        if isinstance(conv, nn.Conv2d) and any(size % 2 == 0 for size in conv.kernel_size):
+            yield node
+
+
+def check(seen: Seen, node: Node) -> str | None:
+    """Why a place cannot be rewritten."""
+    conv = seen.modules[node.module]
+    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `match` saw that
+    if type(conv) is not nn.Conv2d or not seen.are_whole([node]):
+        return "it is a class of its own"
+    if seen.owner_of_weight(node) is None:
+        return "its weight is computed, or it runs several times"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or set(conv.dilation) != {1}:
+        return "it is dilated, or pads with other than a number of zeros"
+    for size, side, step, pad in zip(
+        conv.kernel_size, _sides(node), conv.stride, conv.padding, strict=True
+    ):
+        if size % 2 == 0 and (side + 2 * pad - size) % step == step - 1:
+            return f"on {side} pixels one more place of the larger kernel would fit"
+    return None
+
+
+def rewrite(surgeon: Surgeon, node: Node) -> None:
+    """Put the kernel behind a row and a column of zeros, and pad one more on each side."""
+    conv = surgeon.net.get_submodule(node.module)
+    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `check` saw that
+    more = [1 - size % 2 for size in conv.kernel_size]
+    weight, bias = conv.weight.detach(), conv.bias
+    pads = [pad + extra for pad, extra in zip(map(int, conv.padding), more, strict=True)]
+    surgeon.replace(
+        node.module,
+        "Conv2d",
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=[size + extra for size, extra in zip(conv.kernel_size, more, strict=True)],
+        stride=list(conv.stride),
+        padding=pads,
+        groups=conv.groups,
+        bias=bias is not None,
+    )
+    new = surgeon.net.get_submodule(node.module)
+    assert isinstance(new, nn.Conv2d)  # noqa: S101  # it was just put there
+    with torch.no_grad():
+        new.weight.zero_()[:, :, more[0] :, more[1] :] = weight
+        if bias is not None:
+            assert isinstance(new.bias, Tensor)  # noqa: S101
+            new.bias.copy_(bias)
+
+
+def _sides(node: Node) -> tuple[int, int]:
+    """Height and width of what it reads."""
+    shape = node.frame.arguments[0].shape
+    return int(shape[-2]), int(shape[-1])
