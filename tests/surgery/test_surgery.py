@@ -290,3 +290,53 @@ def test_mistakes_are_one_line_each():
     refused(SurgeryError, "no module becomes 'Linear2'", lambda: replay(ByHand(), other))
     wrong = SurgeryLog(actions=[Replace(module="first", by="ReLU", arguments={"size": 3})])
     refused(SurgeryError, "cannot be made", lambda: replay(ByHand(), wrong))
+
+
+RULE = """
+EXACT = {exact}
+
+def match(seen):
+    return [node for node in seen.nodes if node.module == "last"]
+
+def check(seen, node):
+    return None
+
+def rewrite(surgeon, node):
+    {rewrite}
+"""
+CHANGES = 'surgeon.replace("last", "Identity")'
+WRONG = 'surgeon.replace("head", "Identity")'
+
+
+def test_a_rule_of_ones_own_is_one_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(RULE.format(exact=False, rewrite=CHANGES))
+    lite = surgery(ByHand(), images(2, 16), rules=["silu", str(file)])
+    assert [site.rule for site in lite.sites] == ["silu"] * 3 + ["mine"]
+    assert isinstance(lite.net.last, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("EXACT = True", "it has no match"),
+        ("import torhc", "torhc"),
+        (RULE.format(exact=True, rewrite=CHANGES), "is to be exact and changes the outputs by"),
+        (RULE.format(exact=False, rewrite=WRONG), "outputs are of other shapes"),
+        (RULE.format(exact=False, rewrite="return surgeon.knife"), "'mine' fails"),
+        (RULE.format(exact=False, rewrite="surgeon.replace('first', 'Identity')"), "fails"),
+    ],
+)
+def test_a_malformed_rule_is_one_line(tmp_path, text, words):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    refused(SurgeryError, words, lambda: surgery(ByHand(), images(2, 16), rules=[str(file)]))
+
+
+def test_the_naive_swap_is_what_fitting_is_compared_with():
+    torch.manual_seed(0)
+    net, x = ByHand().eval(), images(4, 16)
+    fitted, naive = surgery(net, x), surgery(net, x, fit=False)
+    assert all(site.error.fitted == site.error.naive for site in naive.sites)
+    wanted = run(net, x)
+    assert (run(fitted.net, x) - wanted).norm() < (run(naive.net, x) - wanted).norm()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bevel.core.recipe import Target
     from bevel.measurement.payoff import Payoff
     from bevel.rewriting.apply import SiteReport
+    from bevel.rewriting.rule import Rule
 
 COLUMNS = ("rule", "places", "rewritten", "error, naive", "error, fitted", "left alone because")
 
@@ -70,6 +71,7 @@ def surgery(
     with console.working(quiet_stdout=json):
         import bevel
         from bevel.measurement.payoff import payoffs, worthwhile
+        from bevel.rewriting.apply import chosen, name_of
 
         network = networks.open_network(
             model, arguments=arguments, checkpoint=checkpoint, input_shape=input_shape
@@ -82,7 +84,7 @@ def surgery(
             limit = source.calibration.images
             images = [batch for batch, _ in data.batches("train", limit=limit)]
             example = images[0][:2]
-        wanted = _rules("lite" if rules == "auto" else rules)
+        wanted: Sequence[str | Rule] = chosen(_rules("lite" if rules == "auto" else rules))
         found: list[Payoff] = []
         if place is not None:
             found = payoffs(network.net, example, place, rules=wanted, calibration=images)
@@ -94,9 +96,14 @@ def surgery(
             written = {"file": str(out), "size_bytes": out.stat().st_size, "sha256": sha256(out)}
     if json:
         sites = [asdict(site) for site in lite.sites]
-        saved = {p.rule: {"before_ms": p.before_ms, "after_ms": p.after_ms} for p in found}
+        saved = {p.name: {"before_ms": p.before_ms, "after_ms": p.after_ms} for p in found}
         console.print_json(
-            {**written, "sites": sites, "proven": lite.proven, "rules": list(wanted)}
+            {
+                **written,
+                "sites": sites,
+                "proven": lite.proven,
+                "rules": [name_of(r) for r in wanted],
+            }
             | ({"measured": saved} if found else {})
         )
         return
@@ -167,7 +174,7 @@ def _say(
     for payoff in found:
         if payoff.after_ms is not None:
             console.print_text(
-                f"{payoff.rule}: {payoff.before_ms:.3g} ms -> {payoff.after_ms:.3g} ms alone, "
+                f"{payoff.name}: {payoff.before_ms:.3g} ms -> {payoff.after_ms:.3g} ms alone, "
                 f"saves {payoff.saved:.0%}"
             )
     if out is not None:

@@ -1,4 +1,4 @@
-"""Functions in a user's own Python file, named as `path/to/file.py:function`. Imports no torch."""
+"""A user's own Python files, and functions named as `path/to/file.py:function`. No torch."""
 
 from __future__ import annotations
 
@@ -49,13 +49,7 @@ def load_function(name: str, error: type[BevelError]) -> Callable[..., Any]:
         error: the file fails while it is imported.
     """
     text, _, function = name.rpartition(":")
-    path = Path(text).expanduser()
-    if not path.is_file():
-        near = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UnknownNameError(
-            f"no file {path} (looked in {Path.cwd()}). {suggestion(path.name, near)}"
-        )
-    module = _import(path.resolve(), error)
+    path, module = Path(text).expanduser(), load_file(text, error)
     found = getattr(module, function, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if _defined_here(value, module)]
@@ -88,6 +82,22 @@ def call(
         return function(**arguments)
     except FAULTS as problem:
         raise error(f"{name} failed: {type(problem).__name__}: {one_line(problem)}") from problem
+
+
+def load_file(name: str, error: type[BevelError]) -> ModuleType:
+    """A user's file as a module; a relative path starts at the working folder.
+
+    Raises:
+        UnknownNameError: there is no such file.
+        error: the file fails while it is imported.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        near = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UnknownNameError(
+            f"no file {path} (looked in {Path.cwd()}). {suggestion(path.name, near)}"
+        )
+    return _import(path.resolve(), error)
 
 
 def _import(path: Path, error: type[BevelError]) -> ModuleType:

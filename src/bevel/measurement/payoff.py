@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bevel.core.recipe import Target
 from bevel.measurement.bench import Subject, measure_all
-from bevel.rewriting.apply import SiteReport, chosen, surgery
+from bevel.rewriting.apply import SiteReport, chosen, name_of, surgery
+from bevel.rewriting.rule import Rule
 from bevel.runtimes import export, load_runtime
 
 WORTH = 0.02
@@ -23,16 +24,21 @@ class Payoff:
     """One rule on one network and target.
 
     Attributes:
-        rule: its name.
+        rule: as it was asked for.
         sites: every place that it matches, rewritten or not.
         before_ms: median time for one image of the original, timed in turn with the other.
         after_ms: of the network rewritten by this rule alone; None where it rewrites nothing.
     """
 
-    rule: str
+    rule: str | Rule
     sites: list[SiteReport]
     before_ms: float
     after_ms: float | None
+
+    @property
+    def name(self) -> str:
+        """What the rule is called."""
+        return name_of(self.rule)
 
     @property
     def saved(self) -> float:
@@ -45,7 +51,7 @@ def payoffs(
     example: Tensor,
     target: Target,
     *,
-    rules: str | Sequence[str] = "lite",
+    rules: str | Sequence[str | Rule] = "lite",
     calibration: Iterable[Tensor] = (),
 ) -> list[Payoff]:
     """Measure every rule by itself, all files in turn in one process of the device.
@@ -61,14 +67,16 @@ def payoffs(
         BevelError: a rule, an export or the measurement fails.
     """
     batches = list(calibration) or [example]
+    wanted = {name_of(rule): rule for rule in chosen(rules)}
     lites = {
-        rule: surgery(net, example, rules=[rule], calibration=batches) for rule in chosen(rules)
+        name: surgery(net, example, rules=[rule], calibration=batches)
+        for name, rule in wanted.items()
     }
-    changed = {rule: lite.net for rule, lite in lites.items() if lite.log.actions}
-    with tempfile.TemporaryDirectory(prefix="bevel-") as name:
+    changed = {name: lite.net for name, lite in lites.items() if lite.log.actions}
+    with tempfile.TemporaryDirectory(prefix="bevel-") as folder:
         subjects = []
         for label, variant in {"original": net, **changed}.items():
-            path = Path(name) / f"{label}{load_runtime(target.runtime).SUFFIX}"
+            path = Path(folder) / f"{label}{load_runtime(target.runtime).SUFFIX}"
             artifact = export(
                 variant,
                 example,
@@ -81,11 +89,11 @@ def payoffs(
         found = measure_all(subjects, device=target.device, threads=target.threads)
     times = {m.label: m.latency.p50_ms for m in found if m.latency is not None}
     return [
-        Payoff(rule, lite.sites, times.get("original", float("nan")), times.get(rule))
-        for rule, lite in lites.items()
+        Payoff(wanted[name], lite.sites, times.get("original", float("nan")), times.get(name))
+        for name, lite in lites.items()
     ]
 
 
-def worthwhile(found: Iterable[Payoff]) -> list[str]:
+def worthwhile(found: Iterable[Payoff]) -> list[str | Rule]:
     """The rules that save enough, in their order."""
     return [payoff.rule for payoff in found if payoff.saved > WORTH]

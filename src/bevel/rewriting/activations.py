@@ -73,7 +73,7 @@ def rewrite(
         gate.number,
         node.number,
     }
-    if alone and _layer(surgeon, source, node) is not None:
+    if surgeon.fit and alone and _layer(surgeon, source, node) is not None:
         scale, shift = fit_relu(x, y)
         fitted = relative_error(torch.relu(scale[:, None] * x + shift[:, None]), y)
         surgeon.scale_output(source, scale, shift)

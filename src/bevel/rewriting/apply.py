@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, SurgeryError, UnknownNameError, one_line, suggestion
 from bevel.core.modes import evaluating
+from bevel.core.userfile import load_file
 from bevel.rewriting import samples
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.log import SurgeryLog
@@ -74,70 +78,106 @@ def surgery(
     net: nn.Module,
     example: Tensor,
     *,
-    rules: str | Sequence[str] = "lite",
+    rules: str | Sequence[str | Rule] = "lite",
     calibration: Iterable[Tensor] = (),
+    fit: bool = True,
 ) -> Lite:
     """Rewrite a copy of a network by rules; the original is not touched.
 
     Args:
         net: the network.
         example: images (N, C, H, W) that it can be called with.
-        rules: the name of a set, or names of rules in the order in which they run.
+        rules: the name of a set, or names of rules in the order in which they run; a rule of your
+            own is the name of a file, `path/to/rule.py`, or any object that is a `Rule`.
         calibration: batches of images like those it will see, for what is fitted; without them
             the example is all there is.
+        fit: fit what is not exact; without it the cheap layer is put in place as it is.
 
     Raises:
         UnknownNameError: there is no such rule or set.
         SurgeryError: a rule breaks the network, or an exact rule changes its answers.
         ModelError: the network cannot be called on the example.
     """
-    names = chosen(rules)
+    wanted = chosen(rules)
     batches = list(calibration) or [example]
     lite = Lite(copy.deepcopy(net), SurgeryLog())
-    for name in names:
-        _apply(name, plugins.load("rules", name), lite, example, batches)
+    for rule in wanted:
+        name, loaded = _loaded(rule)
+        _apply(name, loaded, lite, example, batches, fit=fit)
     return lite
 
 
-def chosen(rules: str | Sequence[str]) -> Sequence[str]:
-    """The names of the rules of a set, or those that were named.
+def chosen(rules: str | Sequence[str | Rule]) -> Sequence[str | Rule]:
+    """The rules of a set, or those that were named.
 
     Raises:
         UnknownNameError: there is no such set or rule.
     """
-    names = SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
-    for name in names:
-        if name not in plugins.discover("rules"):
+    found = SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
+    for rule in found:
+        if isinstance(rule, str) and not _is_file(rule) and rule not in plugins.discover("rules"):
             known = [*SETS, *plugins.discover("rules")]
             raise UnknownNameError(
-                f"no rule or set of rules called '{name}'. {suggestion(name, known)}"
+                f"no rule or set of rules called '{rule}'. {suggestion(rule, known)}"
             )
-    return names
+    return found
 
 
-def _apply(name: str, rule: Rule, lite: Lite, example: Tensor, batches: Sequence[Tensor]) -> None:
+def name_of(rule: str | Rule) -> str:
+    """What a rule is called in reports."""
+    if isinstance(rule, str):
+        return Path(rule).stem if _is_file(rule) else rule
+    return str(getattr(rule, "__name__", type(rule).__name__)).rpartition(".")[2]
+
+
+def _is_file(rule: str) -> bool:
+    return rule.endswith(".py")
+
+
+def _loaded(rule: str | Rule) -> tuple[str, Rule]:
+    """A rule's name and the rule.
+
+    Raises:
+        UnknownNameError: there is no such file.
+        SurgeryError: a file cannot be loaded, or is no rule.
+    """
+    name, found = name_of(rule), rule
+    if isinstance(rule, str):
+        found = load_file(rule, SurgeryError) if _is_file(rule) else plugins.load("rules", rule)
+    for part in ("EXACT", "match", "check", "rewrite"):
+        if not hasattr(found, part):
+            raise SurgeryError(f"'{name}' is no surgery rule: it has no {part}")
+    return name, cast("Rule", found)
+
+
+def _apply(
+    name: str, rule: Rule, lite: Lite, example: Tensor, batches: Sequence[Tensor], *, fit: bool
+) -> None:
     seen = Seen.of(lite.net, example)
-    found = [(place, rule.check(seen, place)) for place in rule.match(seen)]
-    lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
-    places = [place for place, why in found if why is None]
-    if not places:
-        return
-    before = _outputs(lite.net, batches) if rule.EXACT else []
-    nodes = [place for place in places if isinstance(place, Node)]
-    given = {} if rule.EXACT else samples.take(lite.net, batches, nodes)
-    surgeon = Surgeon(lite.net, seen, given, lite.log)
-    lite.sites.extend(
-        SiteReport(name, _said(place), None, rule.rewrite(surgeon, place)) for place in places
-    )
     try:
-        after = _outputs(lite.net, batches)
+        found = [(place, rule.check(seen, place)) for place in rule.match(seen)]
+        places = [place for place, why in found if why is None]
+        before = _outputs(lite.net, batches) if places else []
+        nodes = [place for place in places if isinstance(place, Node)]
+        given = {} if rule.EXACT else samples.take(lite.net, batches, nodes)
+        surgeon = Surgeon(lite.net, seen, given, lite.log, fit=fit)
+        errors = [rule.rewrite(surgeon, place) for place in places]
+        after = _outputs(lite.net, batches) if places else []
     except FORWARD_FAULTS as error:
+        raise SurgeryError(f"the rule '{name}' fails: {one_line(error, 160)}") from error
+    lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
+    lite.sites.extend(
+        SiteReport(name, _said(place), None, error)
+        for place, error in zip(places, errors, strict=True)
+    )
+    difference = _difference(before, after)
+    if not math.isfinite(difference):
         raise SurgeryError(
-            f"after the rule '{name}' the network does not run: {one_line(error, 160)}"
-        ) from error
-    if rule.EXACT:
-        lite.proven[name] = difference = _difference(before, after)
-        if not difference <= TOLERANCE:
+            f"after the rule '{name}' the network's outputs are of other shapes, or not finite"
+        )
+    if rule.EXACT and places:
+        lite.proven[name] = difference
+        if difference > TOLERANCE:
             raise SurgeryError(
                 f"the rule '{name}' is to be exact and changes the outputs by {difference:.1e}"
             )

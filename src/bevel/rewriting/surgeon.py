@@ -23,10 +23,13 @@ class Surgeon:
         seen: what it called before the rule.
         samples: what the calls that the rule rewrites were given on calibration images.
         log: what was done, by this rule and those before it.
+        fit: whether cheap layers are fitted to the dear ones; without that they only replace them.
     """
 
-    def __init__(self, net: nn.Module, seen: Seen, samples: Samples, log: SurgeryLog) -> None:
-        self.net, self.seen, self.samples, self.log = net, seen, samples, log
+    def __init__(
+        self, net: nn.Module, seen: Seen, samples: Samples, log: SurgeryLog, *, fit: bool = True
+    ) -> None:
+        self.net, self.seen, self.samples, self.log, self.fit = net, seen, samples, log, fit
 
     def replace(self, module: str, by: str, *, repeat: int = 1, **arguments: Any) -> None:
         """Put another module in place of one; see `log.MODULES`."""

@@ -50,6 +50,8 @@ def rewrite(surgeon: Surgeon, node: Node) -> Error:
     squares = values.double().square().sum((0, 2))
     scale = (gate.double() * values.double().square()).sum((0, 2)) / squares.clamp(min=1e-12)
     scale = torch.where(squares > 1e-12, scale, gate.double().mean((0, 2))).float()
+    if not surgeon.fit:
+        scale = torch.ones_like(scale)
     wanted = by_channel(values * gate)
     plain = by_channel(values)
     error = Error(relative_error(plain, wanted), relative_error(scale[:, None] * plain, wanted))
