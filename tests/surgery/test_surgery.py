@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
+import bevel
 from bevel.core.errors import SurgeryError, UnknownNameError
 from bevel.graph.program import export_program
 from bevel.rewriting.apply import surgery
-from bevel.rewriting.log import Replace, SurgeryLog, replay
+from bevel.rewriting.log import Divert, Replace, SurgeryLog, replay
 from bevel.testing.plugin import assert_readable
 
 timm = pytest.importorskip("timm")
@@ -290,6 +291,23 @@ def test_mistakes_are_one_line_each():
     refused(SurgeryError, "no module becomes 'Linear2'", lambda: replay(ByHand(), other))
     wrong = SurgeryLog(actions=[Replace(module="first", by="ReLU", arguments={"size": 3})])
     refused(SurgeryError, "cannot be made", lambda: replay(ByHand(), wrong))
+    call = {"module": "", "function": "torch.sillu", "ordinal": 0, "becomes": "relu"}
+    other = SurgeryLog(actions=[Divert(**call)])
+    refused(SurgeryError, "no function 'torch.sillu'", lambda: replay(ByHand(), other))
+    other = SurgeryLog(actions=[Divert(**{**call, "function": "torch.mul", "becomes": "tanh"})])
+    refused(SurgeryError, "no call becomes 'tanh'", lambda: replay(ByHand(), other))
+
+
+def test_a_diverted_network_compiles_and_is_pruned_with_a_proof():
+    torch.manual_seed(0)
+    x = images(4, 16)
+    lite = surgery(ByHand().eval(), x).net
+    plan = bevel.plan_pruning(lite, x[:1], budget={"macs": 0.5}, align=1)
+    pruned = bevel.prune(lite, plan)
+    assert bevel.verify_pruning(lite, pruned, plan, x[:1]).worst <= 1e-9
+    assert plan.after.macs <= 0.5 * plan.before.macs
+    whole = torch.compile(pruned, backend="eager", fullgraph=True)
+    assert torch.equal(run(whole, x), run(pruned, x))
 
 
 RULE = """

@@ -7,11 +7,10 @@ many calls of that function come before it in the same forward, children's forwa
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -22,6 +21,14 @@ from bevel.graph.record import standing_in
 def name_of(function: Callable[..., Any]) -> str:
     """A function's name as text: `torch.nn.functional.silu`."""
     return str(resolve_name(function))
+
+
+def function_named(name: str) -> Any:
+    """The function that `name_of` calls so; None where torch has none of that name."""
+    found: Any = torch if name.startswith("torch.") else None
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return found
 
 
 def first(x: Any, *_rest: Any, **_named: Any) -> Any:
@@ -79,22 +86,21 @@ class _Diverting(TorchFunctionMode):
     def __init__(self, module: Diverted) -> None:
         super().__init__()
         self.module, self.depth = module, module.children_running
-        self.counts: Counter[str] = Counter()
-        self.names = {name for name, _ in module.diverted_calls}
+        self.names = {function_named(name): name for name, _ in module.diverted_calls}
+        self.counts = dict.fromkeys(self.names.values(), 0)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.depth.value == 0:
-            name = _cached_name(func)
-            if name in self.names:
-                ordinal = self.counts[name]
-                self.counts[name] += 1
-                becomes = self.module.diverted_calls.get((name, ordinal))
-                if becomes is not None:
-                    with standing_in(func):
-                        return self._instead(becomes)(*args, **kwargs)
+        if self.depth.value == 0 and func in self.names:
+            name = self.names[func]
+            ordinal = self.counts[name]
+            self.counts[name] = ordinal + 1
+            becomes = self.module.diverted_calls.get((name, ordinal))
+            if becomes is not None:
+                with standing_in(func):
+                    return self._instead(becomes)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _instead(self, becomes: str) -> Callable[..., Any]:
@@ -103,9 +109,6 @@ class _Diverting(TorchFunctionMode):
             return DIVERSIONS[becomes]
         position = 0 if kind == "module" else 1
         return lambda *given, **_named: getattr(self.module, child)(given[position])
-
-
-_cached_name = functools.cache(name_of)
 
 
 class Diverted:

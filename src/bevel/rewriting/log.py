@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
-from bevel.rewriting.calls import DIVERSIONS, divert, watch
+from bevel.rewriting.calls import DIVERSIONS, divert, function_named, watch
 
 
 class ChannelScale(nn.Module):
@@ -115,6 +115,8 @@ def perform(net: nn.Module, action: Replace | Divert | AddBias) -> None:
         return
     module = _module(net, action.module)
     if isinstance(action, Divert):
+        if function_named(action.function) is None:
+            raise SurgeryError(f"torch has no function '{action.function}' to be diverted")
         child = action.becomes.partition(":")[2]
         if action.becomes not in DIVERSIONS and not hasattr(module, child or "?"):
             raise SurgeryError(
