@@ -55,7 +55,10 @@ def rewrite(
     function: Callable[[Tensor], Tensor],
     gate: Node | None = None,
 ) -> Error:
-    """Make a ReLU of a call; the layer before it takes the scale and shift that come closest.
+    """Make a ReLU of a call, as close to the function as the layers around it allow.
+
+    The layer before takes a scale and a shift per channel, the layers behind an offset: what the
+    function has below zero, a ReLU does not.
 
     Args:
         surgeon: the hand of the rule.
@@ -74,9 +77,12 @@ def rewrite(
         node.number,
     }
     if surgeon.fit and alone and _layer(surgeon, source, node) is not None:
-        scale, shift = fit_relu(x, y)
-        fitted = relative_error(torch.relu(scale[:, None] * x + shift[:, None]), y)
-        surgeon.scale_output(source, scale, shift)
+        readers = surgeon.readers(node.outputs[0])
+        bend = fit_relu(x, y, offset=readers is not None)
+        fitted = relative_error(bend(x), y)
+        surgeon.scale_output(source, bend.scale, bend.shift)
+        if readers is not None:
+            surgeon.shift_input(readers, bend.offset)
     if gate is not None:
         surgeon.divert(gate, "first")
         surgeon.divert(node, "relu" if position == 0 else "relu of second")

@@ -24,31 +24,51 @@ class Error:
     fitted: float
 
 
-def fit_relu(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale s and shift t of each channel, so that relu(s x + t) is closest to y.
+@dataclass(frozen=True)
+class Bend:
+    """relu(s x + t) + e, each number per channel: (channels,)."""
 
-    relu(s x + t) = s relu(x - b) for a bend b = -t / s: for each b on a grid the best s is known in
-    closed form, <relu(x - b), y> / <relu(x - b), relu(x - b)>, and the best b is taken.
+    scale: Tensor
+    shift: Tensor
+    offset: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of (channels, samples)."""
+        bent = torch.relu(self.scale[:, None] * x + self.shift[:, None])
+        return bent + self.offset[:, None]
+
+
+def fit_relu(x: Tensor, y: Tensor, *, offset: bool) -> Bend:
+    """Scale s > 0, shift t and offset e of each channel, so that relu(s x + t) + e is closest to y.
+
+    relu(s x + t) = s relu(x - b) for a bend b = -t / s. For each b on a grid the best s, with e or
+    without, is that of the line through (relu(x - b), y); the best b is taken.
 
     Args:
         x: (channels, samples).
         y: what the dear function makes of it, of the same shape.
+        offset: whether an e other than 0 is allowed.
 
     Returns:
-        s > 0 and t, each (channels,). A channel that no bend helps keeps s = 1, t = 0.
+        The best of each channel; s = 1, t = 0 where no bend helps.
     """
     x, y = x.double(), y.double()
-    best = (torch.relu(x) - y).square().sum(1)
+    plain = torch.relu(x)
+    level = (y - plain).mean(1) if offset else torch.zeros(len(x)).double()
+    best = (plain + level[:, None] - y).square().sum(1)
     scale, shift = torch.ones(len(x)).double(), torch.zeros(len(x)).double()
     for bend in BENDS:
         bent = torch.relu(x - bend)
-        squares = bent.square().sum(1)
-        s = (bent * y).sum(1) / squares.clamp(min=1e-12)
-        error = (s[:, None] * bent - y).square().sum(1)
+        centre = bent.mean(1, keepdim=True) if offset else torch.zeros(len(x), 1).double()
+        height = y.mean(1, keepdim=True) if offset else centre
+        squares = (bent - centre).square().sum(1)
+        s = ((bent - centre) * (y - height)).sum(1) / squares.clamp(min=1e-12)
+        e = (height - s[:, None] * centre)[:, 0]
+        error = (s[:, None] * bent + e[:, None] - y).square().sum(1)
         better = (error < best) & (s > 0) & (squares > 1e-12)
-        best = torch.where(better, error, best)
+        best, level = torch.where(better, error, best), torch.where(better, e, level)
         scale, shift = torch.where(better, s, scale), torch.where(better, -s * bend, shift)
-    return scale.float(), shift.float()
+    return Bend(scale.float(), shift.float(), level.float())
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -100,6 +100,44 @@ class Surgeon:
             along = scale.to(weight).reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
             weight.copy_((split * along).reshape(weight.shape))
 
+    @torch.no_grad()
+    def shift_input(self, readers: list[Node], shift: Tensor) -> None:
+        """Let layers compute what they would of x + e, channel by channel.
+
+        Exact but for the edges, where zeros are padded to x instead of to x + e.
+
+        Args:
+            readers: from `readers`.
+            shift: (channels,).
+        """
+        for reader in readers:
+            module = self.net.get_submodule(reader.module)
+            weight, _ = _parameters(module)
+            groups = len(shift) // weight.shape[1]
+            along = shift.to(weight).reshape(groups, -1)
+            summed = weight.reshape(*weight.shape[:2], -1).sum(2)  # (outputs, inputs of a group)
+            more = (summed.reshape(groups, -1, along.shape[1]) * along[:, None]).sum(2).flatten()
+            norm = self._norm_behind(reader)
+            if norm is not None:  # keeps the layer as it is: a norm would take a bias away again
+                norm.sub_(more.to(norm))
+                continue
+            if module.bias is None:
+                self.log.do(self.net, AddBias(module=reader.module, channels=len(more)))
+            _, bias = _parameters(module)
+            assert bias is not None  # noqa: S101  # there is one now
+            bias.add_(more)
+
+    def _norm_behind(self, layer: Node) -> Tensor | None:
+        """The running mean of the batch norm that alone reads a layer."""
+        ref = layer.outputs[0]
+        found = self.seen.readers(ref)
+        if not self.seen.read_once(ref) or found[0].function is not F.batch_norm:
+            return None
+        norm = self.net.get_submodule(found[0].module)
+        mean = getattr(norm, "running_mean", None)
+        once = self.seen.runs(found[0].module) == 1
+        return mean if isinstance(mean, Tensor) and once else None
+
 
 SCALABLE = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
 
