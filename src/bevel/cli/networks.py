@@ -211,7 +211,7 @@ def check_output(path: Path, suffix: str | None = None) -> None:
         raise BevelError(f"--out {path}: the folder {path.parent} cannot be written to")
 
 
-def save_lite(network: Network, lite: Lite, example: torch.Tensor, out: Path) -> None:
+def save_lite(network: Network, lite: Lite, out: Path) -> None:
     """Write what surgery made of a network, on top of the surgery that it had."""
     from bevel.graph.couplings import analyze
     from bevel.pruning.apply import save_pruned
@@ -221,7 +221,7 @@ def save_lite(network: Network, lite: Lite, example: torch.Tensor, out: Path) ->
     before = network.surgery.actions if network.surgery is not None else []
     save_pruned(
         lite.net,
-        make_plan(analyze(lite.net, example), {}),
+        make_plan(analyze(lite.net, network.example()), {}),
         out,
         model=network.description(),
         surgery=SurgeryLog(actions=[*before, *lite.log.actions]),

@@ -17,12 +17,9 @@ from bevel.core.errors import RecipeError
 from bevel.core.files import sha256
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bevel.core.recipe import Target
+    from bevel.core.recipe import Recipe, Target
     from bevel.measurement.payoff import Payoff
-    from bevel.rewriting.apply import SiteReport
-    from bevel.rewriting.rule import Rule
+    from bevel.rewriting.apply import Lite
 
 COLUMNS = ("rule", "places", "rewritten", "error, naive", "error, fitted", "left alone because")
 
@@ -69,45 +66,54 @@ def surgery(
         networks.check_output(out, networks.SUFFIX)
     source = networks.read_recipe(recipe, overrides)
     with console.working(quiet_stdout=json):
-        import bevel
-        from bevel.measurement.payoff import payoffs, worthwhile
-        from bevel.rewriting.apply import chosen, name_of
-
         network = networks.open_network(
             model, arguments=arguments, checkpoint=checkpoint, input_shape=input_shape
         )
         if network.plan is not None and network.plan.tensors:
             raise RecipeError(f"{model} is pruned already; surgery comes before pruning")
-        example, images = network.example(), []
-        if source is not None:
-            data = networks.fitting_data(source, network.net)
-            limit = source.calibration.images
-            images = [batch for batch, _ in data.batches("train", limit=limit)]
-            example = images[0][:2]
-        wanted: Sequence[str | Rule] = chosen(_rules("lite" if rules == "auto" else rules))
-        found: list[Payoff] = []
-        if place is not None:
-            found = payoffs(network.net, example, place, rules=wanted, calibration=images)
-            wanted = worthwhile(found) if rules == "auto" else wanted
-        lite = bevel.surgery(network.net, example, rules=wanted, calibration=images)
+        lite, used, found = _operate(network, rules, place, source)
         written: dict[str, Any] = {}
         if out is not None and not dry_run:
-            networks.save_lite(network, lite, example, out)
+            networks.save_lite(network, lite, out)
             written = {"file": str(out), "size_bytes": out.stat().st_size, "sha256": sha256(out)}
     if json:
         sites = [asdict(site) for site in lite.sites]
         saved = {p.name: {"before_ms": p.before_ms, "after_ms": p.after_ms} for p in found}
         console.print_json(
-            {
-                **written,
-                "sites": sites,
-                "proven": lite.proven,
-                "rules": [name_of(r) for r in wanted],
-            }
+            {**written, "sites": sites, "proven": lite.proven, "rules": used}
             | ({"measured": saved} if found else {})
         )
         return
-    _say(lite.sites, lite.proven, found, None if dry_run else out, example)
+    _say(lite, found)
+    if written:
+        console.print_text(f"{out}: bevel.load_pruned reads it; train it before it is used")
+
+
+def _operate(
+    network: networks.Network, rules: str, place: Target | None, source: Recipe | None
+) -> tuple[Lite, list[str], list[Payoff]]:
+    """Measure the rules where a target is given, and apply them.
+
+    Returns:
+        The lite network, the names of the rules, and what each saves on the target.
+    """
+    import bevel
+    from bevel.measurement.payoff import payoffs, worthwhile
+    from bevel.rewriting.apply import chosen, name_of
+
+    example, images = network.example(), []
+    if source is not None:
+        data = networks.fitting_data(source, network.net)
+        limit = source.calibration.images
+        images = [batch for batch, _ in data.batches("train", limit=limit)]
+        example = images[0][:2]
+    wanted = chosen(_rules("lite" if rules == "auto" else rules))
+    found: list[Payoff] = []
+    if place is not None:
+        found = payoffs(network.net, example, place, rules=wanted, calibration=images)
+        wanted = worthwhile(found) if rules == "auto" else wanted
+    lite = bevel.surgery(network.net, example, rules=wanted, calibration=images)
+    return lite, [name_of(rule) for rule in wanted], found
 
 
 def _rules(text: str) -> str | Sequence[str]:
@@ -140,35 +146,11 @@ def _target(text: str | None) -> Target | None:
         ) from error
 
 
-def _say(
-    sites: Sequence[SiteReport],
-    proven: dict[str, float],
-    found: Sequence[Payoff],
-    out: Path | None,
-    example: Tensor,
-) -> None:
+def _say(lite: Lite, found: Sequence[Payoff]) -> None:
     """The table of rules, for people."""
-    rows = []
-    for rule in dict.fromkeys(site.rule for site in sites):
-        own = [site for site in sites if site.rule == rule]
-        errors = [site.error for site in own if site.error is not None]
-        naive = sum(error.naive for error in errors) / len(errors) if errors else None
-        fitted = sum(error.fitted for error in errors) / len(errors) if errors else None
-        done = sum(site.reason is None for site in own)
-        reasons = ", ".join(dict.fromkeys(site.reason for site in own if site.reason))
-        exact = f"exact ({proven[rule]:.0e})" if rule in proven else "-"
-        rows.append(
-            [
-                rule,
-                str(len(own)),
-                str(done),
-                exact if naive is None else f"{naive:.3f}",
-                "" if fitted is None else f"{fitted:.3f}",
-                reasons,
-            ]
-        )
-    if rows:
-        console.print_table(COLUMNS, rows)
+    rules = dict.fromkeys(site.rule for site in lite.sites)
+    if rules:
+        console.print_table(COLUMNS, [_row(rule, lite) for rule in rules])
     else:
         console.print_text("no rule matches anything")
     for payoff in found:
@@ -177,6 +159,18 @@ def _say(
                 f"{payoff.name}: {payoff.before_ms:.3g} ms -> {payoff.after_ms:.3g} ms alone, "
                 f"saves {payoff.saved:.0%}"
             )
-    if out is not None:
-        size = "x".join(map(str, example.shape))
-        console.print_text(f"{out}: load it with bevel.load_pruned, train it on inputs like {size}")
+
+
+def _row(rule: str, lite: Lite) -> list[str]:
+    """A rule's line in the table."""
+    own = [site for site in lite.sites if site.rule == rule]
+    errors = [site.error for site in own if site.error is not None]
+    naive = fitted = ""
+    if errors:
+        naive = f"{sum(error.naive for error in errors) / len(errors):.3f}"
+        fitted = f"{sum(error.fitted for error in errors) / len(errors):.3f}"
+    elif rule in lite.proven:
+        naive = f"exact ({lite.proven[rule]:.0e})"
+    done = sum(site.reason is None for site in own)
+    reasons = ", ".join(dict.fromkeys(site.reason for site in own if site.reason))
+    return [rule, str(len(own)), str(done), naive, fitted, reasons]

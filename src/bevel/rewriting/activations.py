@@ -1,11 +1,13 @@
-"""Smooth activation functions to ReLU: what their rules have in common."""
+"""Activation functions to ReLU: what their rules have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bevel.rewriting.fitting import Error, by_channel, fit_relu, relative_error
 from bevel.rewriting.seen import Function, Node, Seen
@@ -17,93 +19,87 @@ PRODUCTS: tuple[Function, ...] = (
 )  # fmt: skip
 
 
-def products(seen: Seen, gates: tuple[Function, ...]) -> list[Node]:
-    """Calls that give x * gate(x), written by hand."""
-    found = []
-    for node in seen.calls(PRODUCTS):
-        if len(node.inputs) == 2 and _gate(seen, node, gates) is not None:
-            found.append(node)
-    return found
-
-
-def gate_of(seen: Seen, node: Node, gates: tuple[Function, ...]) -> Node:
-    """The gate's call of one of `products`."""
-    gate = _gate(seen, node, gates)
-    assert gate is not None  # noqa: S101  # the caller found it
-    return gate
-
-
-def _gate(seen: Seen, node: Node, gates: tuple[Function, ...]) -> Node | None:
-    for position in (0, 1):
-        gate = seen.maker(node.inputs[position])
-        x = node.inputs[1 - position]
-        if gate is not None and gate.function in gates and gate.inputs[0] == x:
-            return gate
-    return None
-
-
-def check(seen: Seen, node: Node, gate: Node | None = None) -> str | None:
-    """Why a place cannot become a ReLU."""
-    if gate is not None and (gate.module != node.module or not seen.read_once(gate.outputs[0])):
-        return "something else reads the gate"
-    return None
-
-
-def rewrite(
-    surgeon: Surgeon,
-    node: Node,
-    function: Callable[[Tensor], Tensor],
-    gate: Node | None = None,
-) -> Error:
-    """Make a ReLU of a call, as close to the function as the layers around it allow.
+@dataclass(frozen=True)
+class ToRelu:
+    """The rule that an activation function becomes a ReLU, as close as the layers around it allow.
 
     The layer before takes a scale and a shift per channel, the layers behind an offset: what the
     function has below zero, a ReLU does not.
 
-    Args:
-        surgeon: the hand of the rule.
-        node: gives the function's result.
-        function: what it computes.
-        gate: for a product written by hand, the call of the gate.
+    Attributes:
+        function: what is replaced, as modules and forwards call it.
+        gates: functions g for which x * g(x), written by hand, is the same.
     """
-    seen = surgeon.seen
-    position = 0 if gate is None else node.inputs.index(gate.inputs[0])
-    x = by_channel(surgeon.samples[node.number][position])
-    y = function(x)
-    naive = fitted = relative_error(torch.relu(x), y)
-    source = node if gate is None else gate
-    alone = gate is None or {r.number for r in seen.readers(gate.inputs[0])} == {
-        gate.number,
-        node.number,
-    }
-    if surgeon.fit and alone and _layer(surgeon, source, node) is not None:
-        readers = surgeon.readers(node.outputs[0])
-        bend = fit_relu(x, y, offset=readers is not None)
-        fitted = relative_error(bend(x), y)
-        surgeon.scale_output(source, bend.scale, bend.shift)
-        if readers is not None:
-            surgeon.shift_input(readers, bend.offset)
-    if gate is not None:
-        surgeon.divert(gate, "first")
-        surgeon.divert(node, "relu" if position == 0 else "relu of second")
-    elif seen.are_whole([node]):
-        if not _is_relu(surgeon, node.module):  # a module that runs several times
-            surgeon.replace(node.module, "ReLU", inplace=node.overwrites)
-    else:
-        surgeon.divert(node, "relu")
-    return Error(naive, fitted)
 
+    function: Callable[..., Tensor]
+    gates: tuple[Function, ...] = ()
 
-def _is_relu(surgeon: Surgeon, module: str) -> bool:
-    return isinstance(surgeon.net.get_submodule(module), torch.nn.ReLU)
+    def match(self, seen: Seen) -> Iterator[Node]:
+        """Calls of the function, and products with its gate."""
+        yield from seen.calls([self.function])
+        for node in seen.calls(PRODUCTS):
+            if len(node.inputs) == 2 and self._gate(seen, node) is not None:
+                yield node
 
-
-def _layer(surgeon: Surgeon, source: Node, node: Node) -> torch.nn.Module | None:
-    """The layer before, which only the function reads; a gate and its product are one function."""
-    if source is node:
-        return surgeon.layer(node)
-    ref = source.inputs[0]
-    maker = surgeon.seen.maker(ref)
-    if maker is None or ref in surgeon.seen.outputs:
+    def check(self, seen: Seen, node: Node) -> str | None:
+        """Why a place cannot be rewritten."""
+        gate = self._gate(seen, node)
+        if gate is not None and (gate.module != node.module or not seen.read_once(gate.outputs[0])):
+            return "something else reads the gate"
         return None
-    return surgeon.seen.owner_of_weight(maker)
+
+    def rewrite(self, surgeon: Surgeon, node: Node) -> Error:
+        """Make it a ReLU."""
+        seen, gate = surgeon.seen, self._gate(surgeon.seen, node)
+        position = 0 if gate is None else node.inputs.index(gate.inputs[0])
+        x = by_channel(surgeon.samples[node.number][position])
+        y = self._values(x, node, gate)
+        naive = fitted = relative_error(torch.relu(x), y)
+        if surgeon.fit and _layer_before(seen, node, gate) is not None:
+            readers = surgeon.readers(node.outputs[0])
+            bend = fit_relu(x, y, offset=readers is not None)
+            fitted = relative_error(bend(x), y)
+            surgeon.scale_output(node if gate is None else gate, bend.scale, bend.shift)
+            if readers is not None:
+                surgeon.shift_input(readers, bend.offset)
+        if gate is not None:
+            surgeon.divert(gate, "first")
+            surgeon.divert(node, "relu" if position == 0 else "relu of second")
+        elif not seen.are_whole([node]):
+            surgeon.divert(node, "relu")
+        elif not isinstance(surgeon.net.get_submodule(node.module), nn.ReLU):
+            # It is one already where a module runs several times.
+            surgeon.replace(node.module, "ReLU", inplace=node.overwrites)
+        return Error(naive, fitted)
+
+    def _gate(self, seen: Seen, node: Node) -> Node | None:
+        """The call of the gate where the node is a product written by hand."""
+        if node.function is self.function:
+            return None
+        for position in (0, 1):
+            gate = seen.maker(node.inputs[position])
+            x = node.inputs[1 - position]
+            if gate is not None and gate.function in self.gates and gate.inputs[0] == x:
+                return gate
+        return None
+
+    def _values(self, x: Tensor, node: Node, gate: Node | None) -> Tensor:
+        """The function of x, with the settings that this place calls it with."""
+        if gate is not None:
+            return self.function(x)
+        frame = node.frame
+        given: list[Any] = list(frame.arguments[1 : len(frame.arguments) - len(frame.keywords)])
+        named = {key: frame.keyword(key) for key in frame.keywords if key != "inplace"}
+        return self.function(x.clone(), *given, **named)  # it may be told to overwrite
+
+
+def _layer_before(seen: Seen, node: Node, gate: Node | None) -> nn.Module | None:
+    """The layer before, which only the function reads; a gate and its product are one function."""
+    if gate is None:
+        return seen.layer_before(node)
+    ref = gate.inputs[0]
+    maker = seen.maker(ref)
+    readers = {reader.number for reader in seen.readers(ref)}
+    if maker is None or ref in seen.outputs or readers != {gate.number, node.number}:
+        return None
+    return seen.owner_of_weight(maker)
