@@ -18,6 +18,9 @@ WANTED = 1.5
 ALLOWED = 1.05
 """How much longer than the native quantizer's file bevel's may take."""
 
+WORSE = 0.02
+"""How much less the native quantizer's file may agree with float and still be shipped."""
+
 COLUMNS = (
     "network",
     "runtime",
@@ -73,10 +76,16 @@ class Case:
 
     @property
     def ship(self) -> str:
-        """The fastest of the files."""
-        timed = {"float32": self.float32, "int8": self.int8, "native int8": self.native}
+        """The fastest of the files; the native one only where it answers as bevel's does."""
+        timed = {"float32": self.float32, "int8": self.int8}
+        if self.native and (not self.int8 or _agrees(self.native, self.int8)):
+            timed["native int8"] = self.native
         found = {name: file["p50_ms"] for name, file in timed.items() if file}
         return min(found, key=lambda name: found[name]) if found else NONE
+
+
+def _agrees(native: Entry, own: Entry) -> bool:
+    return bool((native["agreement"] or 0) >= (own["agreement"] or 0) - WORSE)
 
 
 def _ratio(above: Entry | None, below: Entry | None) -> float | None:
@@ -249,7 +258,8 @@ def _methods(results: Entry) -> list[str]:
         "Agreement: share of test images on which the file and the float torch network have the "
         "same highest output. With random weights or images it says little: outputs hardly differ.",
         "MACs in int8 and the reasons are those of bevel doctor, from the runtime's own profiler.",
-        "Ship: the fastest of the three files. A run also asks for the accuracy.",
+        "Ship: the fastest of the three files, the native one only where it agrees with float as "
+        "bevel's does, within 2 points. A run also asks for the accuracy.",
         f"Load average {results['load_at_start']} before the start; seconds per network: "
         + ", ".join(f"{e['name']} {e.get('seconds', 0)}" for e in results["networks"])
         + ".",
