@@ -29,6 +29,9 @@ def test_surgery_then_pruning_then_export(bevel, tmp_path):
     again = bevel("surgery", small, "--out", tmp_path / "x.safetensors")
     assert (again.code, again.out) == (2, "")
     assert "surgery comes before pruning" in again.err
+    proof = bevel("verify", small)
+    assert (proof.code, proof.out) == (2, "")
+    assert "operated on before it was pruned" in proof.err
 
 
 def test_dry_run_measures_each_rule_and_auto_keeps_what_pays(bevel, tmp_path):
@@ -59,6 +62,7 @@ def test_dry_run_measures_each_rule_and_auto_keeps_what_pays(bevel, tmp_path):
         (("--dry-run", "--target", "onnxruntime:int9"), "onnxruntime:int8@local"),
         (("--dry-run", "--target", "onnxrt:int8"), "no runtime called 'onnxrt'"),
         (("--out", "net.txt"), ".safetensors"),
+        (("--rules", "silu,nowhere.py", "--dry-run"), "no file nowhere.py"),
     ],
 )
 def test_mistakes_are_one_line(bevel, arguments, words):

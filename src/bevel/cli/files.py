@@ -275,6 +275,11 @@ def verify(
         )
         if network.plan is None:
             raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
+        if network.surgery is not None and network.surgery.actions:
+            raise RecipeError(
+                f"{file} was operated on before it was pruned, and that network's weights are not "
+                "a checkpoint's; prove it in Python: bevel.verify_pruning(lite, pruned, plan, x)"
+            )
         original = network.original(checkpoint)
         try:
             proof = bevel.verify_pruning(original, network.net, network.plan, network.example())

@@ -11,7 +11,7 @@ import typer
 
 import bevel.cli.console as console
 import bevel.cli.networks as networks
-from bevel.cli.files import Arguments, Checkpoint, Input, Model, RecipeOption
+from bevel.cli.files import Arguments, Checkpoint, Factory, Input, Model, RecipeOption
 from bevel.cli.runs import Json, Set
 from bevel.core.errors import RecipeError
 from bevel.core.files import sha256
@@ -19,6 +19,7 @@ from bevel.core.files import sha256
 if TYPE_CHECKING:
     from bevel.core.recipe import Recipe, Target
     from bevel.measurement.payoff import Payoff
+    from bevel.reporting.sections import RuleSummary
     from bevel.rewriting.apply import Lite
 
 COLUMNS = ("rule", "places", "rewritten", "error, naive", "error, fitted", "left alone because")
@@ -35,8 +36,8 @@ def surgery(
     rules: Annotated[
         str,
         typer.Option(
-            help="exact, lite, or rules joined by commas (bevel list rules); auto: those of lite "
-            "that save time on --target."
+            help="exact, lite, tidl, or rules joined by commas (bevel list rules); auto: those of "
+            "lite that save time on --target."
         ),
     ] = "lite",
     dry_run: Annotated[
@@ -52,6 +53,7 @@ def surgery(
     checkpoint: Checkpoint = None,
     arguments: Arguments = None,
     input_shape: Input = None,
+    factory: Factory = None,
     recipe: RecipeOption = None,
     overrides: Set = None,
     json: Json = False,
@@ -67,7 +69,11 @@ def surgery(
     source = networks.read_recipe(recipe, overrides)
     with console.working(quiet_stdout=json):
         network = networks.open_network(
-            model, arguments=arguments, checkpoint=checkpoint, input_shape=input_shape
+            model,
+            factory=factory,
+            arguments=arguments,
+            checkpoint=checkpoint,
+            input_shape=input_shape,
         )
         if network.plan is not None and network.plan.tensors:
             raise RecipeError(f"{model} is pruned already; surgery comes before pruning")
@@ -99,7 +105,7 @@ def _operate(
     """
     import bevel
     from bevel.measurement.payoff import payoffs, worthwhile
-    from bevel.rewriting.apply import chosen, name_of
+    from bevel.rewriting.apply import chosen, rule_name
 
     example, images = network.example(), []
     if source is not None:
@@ -113,7 +119,7 @@ def _operate(
         found = payoffs(network.net, example, place, rules=wanted, calibration=images)
         wanted = worthwhile(found) if rules == "auto" else wanted
     lite = bevel.surgery(network.net, example, rules=wanted, calibration=images)
-    return lite, [name_of(rule) for rule in wanted], found
+    return lite, [rule_name(rule) for rule in wanted], found
 
 
 def _rules(text: str) -> str | Sequence[str]:
@@ -148,9 +154,11 @@ def _target(text: str | None) -> Target | None:
 
 def _say(lite: Lite, found: Sequence[Payoff]) -> None:
     """The table of rules, for people."""
-    rules = dict.fromkeys(site.rule for site in lite.sites)
-    if rules:
-        console.print_table(COLUMNS, [_row(rule, lite) for rule in rules])
+    from bevel.reporting.sections import by_rule
+
+    rows = [_row(rule) for rule in by_rule([asdict(site) for site in lite.sites], lite.proven)]
+    if rows:
+        console.print_table(COLUMNS, rows)
     else:
         console.print_text("no rule matches anything")
     for payoff in found:
@@ -161,16 +169,12 @@ def _say(lite: Lite, found: Sequence[Payoff]) -> None:
             )
 
 
-def _row(rule: str, lite: Lite) -> list[str]:
+def _row(found: RuleSummary) -> list[str]:
     """A rule's line in the table."""
-    own = [site for site in lite.sites if site.rule == rule]
-    errors = [site.error for site in own if site.error is not None]
     naive = fitted = ""
-    if errors:
-        naive = f"{sum(error.naive for error in errors) / len(errors):.3f}"
-        fitted = f"{sum(error.fitted for error in errors) / len(errors):.3f}"
-    elif rule in lite.proven:
-        naive = f"exact ({lite.proven[rule]:.0e})"
-    done = sum(site.reason is None for site in own)
-    reasons = ", ".join(dict.fromkeys(site.reason for site in own if site.reason))
-    return [rule, str(len(own)), str(done), naive, fitted, reasons]
+    if found.fitted is not None:
+        naive, fitted = f"{found.naive:.3f}", f"{found.fitted:.3f}"
+    elif found.difference is not None:
+        naive = f"exact ({found.difference:.0e})"
+    counts = [str(found.places), str(found.done)]
+    return [found.rule, *counts, naive, fitted, ", ".join(found.reasons)]

@@ -201,7 +201,8 @@ class SurgeryStep(Section):
     """Replace layers that are dear on embedded processors by cheap ones."""
 
     rules: str | list[str] = Field(
-        default="lite", description="a set (exact, lite), or rules in order; see: bevel list rules"
+        default="lite",
+        description="a set (exact, lite, tidl), or rules in order; see: bevel list rules",
     )
 
 

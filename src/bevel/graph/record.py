@@ -11,7 +11,7 @@ unless the network looks at what it has computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,15 +90,16 @@ class Call:
 
     def inputs(self) -> list[Value]:
         """All tensors among the arguments, in order."""
-        return list(_values((*self.arguments, *self.keywords.values())))
+        return list(values_in((*self.arguments, *self.keywords.values())))
 
 
-def _values(items: Sequence[Any]) -> Iterator[Value]:
+def values_in(items: Iterable[Any]) -> Iterator[Value]:
+    """The `Value`s among some items, lists and tuples of them included, in order."""
     for item in items:
         if isinstance(item, Value):
             yield item
         elif isinstance(item, list | tuple):
-            yield from _values(item)
+            yield from values_in(item)
 
 
 @dataclass(frozen=True, eq=False)

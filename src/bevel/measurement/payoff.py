@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from bevel.core.errors import MeasurementError
 from bevel.core.recipe import Target
 from bevel.measurement.bench import Subject, measure_all
-from bevel.rewriting.apply import SiteReport, chosen, name_of, surgery
+from bevel.rewriting.apply import chosen, rule_name, surgery
 from bevel.rewriting.rule import Rule
 from bevel.runtimes import export, load_runtime
 
@@ -25,20 +26,18 @@ class Payoff:
 
     Attributes:
         rule: as it was asked for.
-        sites: every place that it matches, rewritten or not.
         before_ms: median time for one image of the original, timed in turn with the other.
         after_ms: of the network rewritten by this rule alone; None where it rewrites nothing.
     """
 
     rule: str | Rule
-    sites: list[SiteReport]
     before_ms: float
     after_ms: float | None
 
     @property
     def name(self) -> str:
         """What the rule is called."""
-        return name_of(self.rule)
+        return rule_name(self.rule)
 
     @property
     def saved(self) -> float:
@@ -67,7 +66,7 @@ def payoffs(
         BevelError: a rule, an export or the measurement fails.
     """
     batches = list(calibration) or [example]
-    wanted = {name_of(rule): rule for rule in chosen(rules)}
+    wanted = {rule_name(rule): rule for rule in chosen(rules)}
     lites = {
         name: surgery(net, example, rules=[rule], calibration=batches)
         for name, rule in wanted.items()
@@ -88,10 +87,9 @@ def payoffs(
             subjects.append(Subject(label, artifact, variant))
         found = measure_all(subjects, device=target.device, threads=target.threads)
     times = {m.label: m.latency.p50_ms for m in found if m.latency is not None}
-    return [
-        Payoff(wanted[name], lite.sites, times.get("original", float("nan")), times.get(name))
-        for name, lite in lites.items()
-    ]
+    if "original" not in times:
+        raise MeasurementError(f"{target.device} is emulated and has no times: name a real device")
+    return [Payoff(rule, times["original"], times.get(name)) for name, rule in wanted.items()]
 
 
 def worthwhile(found: Iterable[Payoff]) -> list[str | Rule]:

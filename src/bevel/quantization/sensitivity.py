@@ -103,11 +103,15 @@ def sensitivity(simulation: Simulation, images: Iterable[Any]) -> list[LayerSens
 
 def sqnr_db(exact: Tensor, rounded: Tensor) -> float:
     """Signal to quantization noise ratio in decibels; infinite where nothing differs."""
+    noise = _relative_noise(exact, rounded)
+    return -10 * math.log10(noise) if noise else math.inf
+
+
+def _relative_noise(exact: Tensor, rounded: Tensor) -> float:
+    """Sum of squared differences over the sum of squares; infinite where nothing was to be seen."""
     noise = float((exact - rounded).double().square().sum())
     signal = float(exact.double().square().sum())
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return noise / signal if signal else (math.inf if noise else 0.0)
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def tensor_noise(simulation: Simulation, images: Iterable[Any]) -> list[TensorNo
     found = []
     for tensor in track(simulation.tensors, "noise of tensors", len(simulation.tensors)):
         simulation.quantize_tensor(tensor)
-        noise = 10 ** (-sqnr_db(exact, _outputs(simulation.net, batches)) / 10)
+        noise = _relative_noise(exact, _outputs(simulation.net, batches))
         found.append(TensorNoise(sorted(simulation.tensors[tensor]), noise))
     simulation.keep_float(())
     return sorted(found, key=lambda item: -item.noise)

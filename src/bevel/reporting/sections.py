@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bevel.core.records import Measurement, RunRecord, StepRecord
@@ -40,24 +42,58 @@ def fallbacks(record: RunRecord) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class RuleSummary:
+    """What a surgery rule did to a network.
+
+    Attributes:
+        rule: its name.
+        places: that it matched.
+        done: of these, rewritten.
+        naive: mean error of the naive swap, and
+        fitted: of what was put there; None where nothing was fitted.
+        difference: of the outputs, of an exact rule.
+        reasons: why places were left alone, each once.
+    """
+
+    rule: str
+    places: int
+    done: int
+    naive: float | None
+    fitted: float | None
+    difference: float | None
+    reasons: list[str]
+
+
+def by_rule(
+    sites: Sequence[Mapping[str, Any]], proven: Mapping[str, float]
+) -> Iterator[RuleSummary]:
+    """The sites of a surgery, rule by rule, in the order in which the rules ran."""
+    for rule in dict.fromkeys(site["rule"] for site in sites):
+        own = [site for site in sites if site["rule"] == rule]
+        errors = [site["error"] for site in own if site["error"] is not None]
+        naive, fitted = (
+            sum(error[key] for error in errors) / len(errors) if errors else None
+            for key in ("naive", "fitted")
+        )
+        reasons = list(dict.fromkeys(site["reason"] for site in own if site["reason"]))
+        done = sum(site["reason"] is None for site in own)
+        yield RuleSummary(rule, len(own), done, naive, fitted, proven.get(rule), reasons)
+
+
 def surgeries(record: RunRecord) -> list[str]:
     """Per surgery step and rule: places, what they lose, and why others were left alone."""
     lines = []
     for position, step in enumerate(record.steps, start=1):
-        for rule in dict.fromkeys(site["rule"] for site in step.numbers.get("sites", ())):
-            sites = [site for site in step.numbers["sites"] if site["rule"] == rule]
-            done = [site for site in sites if site["reason"] is None]
-            errors = [site["error"] for site in done if site["error"] is not None]
-            said = f"step {position}, {rule}: {len(done)} of {len(sites)} places"
-            if errors:
-                naive, fitted = (
-                    sum(error[key] for error in errors) / len(errors) for key in ("naive", "fitted")
+        for found in by_rule(step.numbers.get("sites", ()), step.numbers.get("proven", {})):
+            said = f"step {position}, {found.rule}: {found.done} of {found.places} places"
+            if found.fitted is not None:
+                said += (
+                    f"; mean error there {found.fitted:.3f}, of the naive swap {found.naive:.3f}"
                 )
-                said += f"; mean error there {fitted:.3f}, of the naive swap {naive:.3f}"
-            elif rule in step.numbers["proven"]:
-                said += f"; exact, outputs differ by {step.numbers['proven'][rule]:.1e}"
-            reasons = dict.fromkeys(site["reason"] for site in sites if site["reason"])
-            lines.append(said + "".join(f"; {reason}" for reason in reasons))
+            elif found.difference is not None:
+                said += f"; exact, outputs differ by {found.difference:.1e}"
+            lines.append("; ".join([said, *found.reasons]))
     return lines
 
 

@@ -55,11 +55,12 @@ class ToRelu:
         x = by_channel(surgeon.samples[node.number][position])
         y = self._values(x, node, gate)
         naive = fitted = relative_error(torch.relu(x), y)
-        if surgeon.fit and _layer_before(seen, node, gate) is not None:
+        calls = (node,) if gate is None else (gate, node)
+        if surgeon.fit and seen.layer_before(*calls) is not None:
             readers = surgeon.readers(node.outputs[0])
             bend = fit_relu(x, y, offset=readers is not None)
             fitted = relative_error(bend(x), y)
-            surgeon.scale_output(node if gate is None else gate, bend.scale, bend.shift)
+            surgeon.scale_output(calls[0], bend.scale, bend.shift)
             if readers is not None:
                 surgeon.shift_input(readers, bend.offset)
         if gate is not None:
@@ -91,15 +92,3 @@ class ToRelu:
         given: list[Any] = list(frame.arguments[1 : len(frame.arguments) - len(frame.keywords)])
         named = {key: frame.keyword(key) for key in frame.keywords if key != "inplace"}
         return self.function(x.clone(), *given, **named)  # it may be told to overwrite
-
-
-def _layer_before(seen: Seen, node: Node, gate: Node | None) -> nn.Module | None:
-    """The layer before, which only the function reads; a gate and its product are one function."""
-    if gate is None:
-        return seen.layer_before(node)
-    ref = gate.inputs[0]
-    maker = seen.maker(ref)
-    readers = {reader.number for reader in seen.readers(ref)}
-    if maker is None or ref in seen.outputs or readers != {gate.number, node.number}:
-        return None
-    return seen.owner_of_weight(maker)

@@ -108,10 +108,11 @@ def surgery(
 
 
 def chosen(rules: str | Sequence[str | Rule]) -> Sequence[str | Rule]:
-    """The rules of a set, or those that were named.
+    """The rules of a set, or those that were named, each found to be a rule.
 
     Raises:
-        UnknownNameError: there is no such set or rule.
+        UnknownNameError: there is no such set, rule or file.
+        SurgeryError: a file cannot be loaded, or something is no rule.
     """
     found = SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
     for rule in found:
@@ -120,10 +121,11 @@ def chosen(rules: str | Sequence[str | Rule]) -> Sequence[str | Rule]:
             raise UnknownNameError(
                 f"no rule or set of rules called '{rule}'. {suggestion(rule, known)}"
             )
+        _loaded(rule)
     return found
 
 
-def name_of(rule: str | Rule) -> str:
+def rule_name(rule: str | Rule) -> str:
     """What a rule is called in reports."""
     if isinstance(rule, str):
         return Path(rule).stem if _is_file(rule) else rule
@@ -141,7 +143,7 @@ def _loaded(rule: str | Rule) -> tuple[str, Rule]:
         UnknownNameError: there is no such file.
         SurgeryError: a file cannot be loaded, or is no rule.
     """
-    name, found = name_of(rule), rule
+    name, found = rule_name(rule), rule
     if isinstance(rule, str):
         found = load_file(rule, SurgeryError) if _is_file(rule) else plugins.load("rules", rule)
     for part in ("EXACT", "match", "check", "rewrite"):

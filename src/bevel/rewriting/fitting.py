@@ -57,10 +57,11 @@ def fit_relu(x: Tensor, y: Tensor, *, offset: bool) -> Bend:
     level = (y - plain).mean(1) if offset else torch.zeros(len(x)).double()
     best = (plain + level[:, None] - y).square().sum(1)
     scale, shift = torch.ones(len(x)).double(), torch.zeros(len(x)).double()
+    nothing = torch.zeros(len(x), 1).double()
+    height = y.mean(1, keepdim=True) if offset else nothing
     for bend in BENDS:
         bent = torch.relu(x - bend)
-        centre = bent.mean(1, keepdim=True) if offset else torch.zeros(len(x), 1).double()
-        height = y.mean(1, keepdim=True) if offset else centre
+        centre = bent.mean(1, keepdim=True) if offset else nothing
         squares = (bent - centre).square().sum(1)
         s = ((bent - centre) * (y - height)).sum(1) / squares.clamp(min=1e-12)
         e = (height - s[:, None] * centre)[:, 0]

@@ -34,13 +34,13 @@ class _Watching(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What may be overwritten has to be kept before the call, which may turn out to be none.
-        kept = [_thin(arg) for arg in args if isinstance(arg, Tensor) and arg.ndim > 1]
+        if self.number in self.wanted:
+            # Before the call, which may overwrite them. One that turns out not to count leaves
+            # the number to the next, which then keeps its own.
+            tensors = (arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1)
+            self.kept[self.number] = [_thin(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
-        if is_frame(func, result):
-            if self.number in self.wanted:
-                self.kept[self.number] = kept
-            self.number += 1
+        self.number += is_frame(func, result)
         return result
 
 

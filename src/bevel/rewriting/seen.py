@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bevel.graph.record import ExampleInputs, Frame, Recording, Value, record
+from bevel.graph.record import ExampleInputs, Frame, Recording, Value, record, values_in
 
 Ref = tuple[int, int]
 """A tensor: its `Value`'s index, and how often it had been overwritten in place."""
@@ -54,7 +54,7 @@ class Node:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of its first tensor result."""
-        return next(_values((self.frame.result,))).shape
+        return next(values_in((self.frame.result,))).shape
 
     @property
     def place(self) -> str:
@@ -81,10 +81,12 @@ class Seen:
         self._runs: dict[int, list[Node]] = defaultdict(list)
         version: dict[int, int] = defaultdict(int)
         for number, frame in enumerate(recording.frames):
-            read = tuple((value.index, version[value.index]) for value in _values(frame.arguments))
+            read = tuple(
+                (value.index, version[value.index]) for value in values_in(frame.arguments)
+            )
             calls = recording.calls[frame.calls]
             overwrites = any(call.function._schema.is_mutable for call in calls)
-            made = [value.index for value in _values((frame.result,))]
+            made = [value.index for value in values_in((frame.result,))]
             if overwrites:
                 for index in {index for index, _ in read} & set(made):
                     version[index] += 1
@@ -143,11 +145,15 @@ class Seen:
         """The calls of a module and of all that it holds."""
         return [n for n in self.nodes if n.module == module or n.module.startswith(f"{module}.")]
 
-    def layer_before(self, node: Node) -> nn.Module | None:
-        """The layer with weights whose output this call alone reads, as its first tensor."""
-        ref = node.inputs[0]
+    def layer_before(self, *nodes: Node) -> nn.Module | None:
+        """The layer with weights that makes the first call's first tensor, if these alone read it.
+
+        Several calls may be one function, such as a gate and its product.
+        """
+        ref = nodes[0].inputs[0]
         maker = self.maker(ref)
-        if maker is None or self.readers(ref) != [node] or ref in self.outputs:
+        readers = {reader.number for reader in self.readers(ref)}
+        if maker is None or readers != {node.number for node in nodes} or ref in self.outputs:
             return None
         return self.owner_of_weight(maker)
 
@@ -168,11 +174,3 @@ LAYERS: dict[Function, int] = {
     torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, F.linear: 1, F.batch_norm: 3,
 }  # fmt: skip
 """Functions of layers whose channels have weights of their own -> position of the weight."""
-
-
-def _values(items: Iterable[Any]) -> Iterator[Value]:
-    for item in items:
-        if isinstance(item, Value):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from _values(item)

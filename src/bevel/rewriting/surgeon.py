@@ -46,28 +46,50 @@ class Surgeon:
             Divert(module=node.module, function=name, ordinal=frame.ordinal, becomes=becomes),
         )
 
-    def layer(self, node: Node) -> nn.Module | None:
-        """The layer before a call, if its output channels can be scaled for this call alone."""
-        return self.seen.layer_before(node)
+    @torch.no_grad()
+    def put_convolution(
+        self, module: str, kernel: Tensor, *, stride: list[int], padding: list[int], groups: int = 1
+    ) -> None:
+        """Put a 2-d convolution with another kernel in place of one; its bias stays.
+
+        Args:
+            module: a convolution without dilation.
+            kernel: (outputs, inputs of a group, height, width).
+            stride: of height and width.
+            padding: with zeros, of height and width.
+            groups: of channels.
+        """
+        _, bias = _parameters(self.net.get_submodule(module))
+        self.replace(
+            module,
+            "Conv2d",
+            in_channels=groups * kernel.shape[1],
+            out_channels=kernel.shape[0],
+            kernel_size=list(kernel.shape[2:]),
+            stride=stride,
+            padding=padding,
+            groups=groups,
+            bias=bias is not None,
+        )
+        weight, own = _parameters(self.net.get_submodule(module))
+        weight.copy_(kernel)
+        if own is not None and bias is not None:
+            own.copy_(bias)
 
     @torch.no_grad()
     def scale_output(self, node: Node, scale: Tensor, shift: Tensor) -> None:
         """Let the layer before a call give s y + t for its y, channel by channel, exactly.
 
         Args:
-            node: a call for which `layer` is not None.
+            node: a call that `seen.layer_before` finds a layer for.
             scale: (channels,).
             shift: (channels,).
         """
         maker = self.seen.maker(node.inputs[0])
-        assert maker is not None  # noqa: S101  # the caller asked `layer`
-        module = self.net.get_submodule(maker.module)
-        weight, bias = _parameters(module)
+        assert maker is not None  # noqa: S101  # the caller asked
+        weight, _ = _parameters(self.net.get_submodule(maker.module))
         scale, shift = scale.to(weight), shift.to(weight)
-        if bias is None:
-            self.log.do(self.net, AddBias(module=maker.module, channels=len(scale)))
-            weight, bias = _parameters(module)
-        assert bias is not None  # noqa: S101  # there is one now
+        bias = self._bias(maker.module, len(scale))
         weight.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
         bias.mul_(scale).add_(shift)
 
@@ -92,9 +114,6 @@ class Surgeon:
         """
         for reader in readers:
             weight, _ = _parameters(self.net.get_submodule(reader.module))
-            if weight.ndim == 2:
-                weight.mul_(scale.to(weight))
-                continue
             groups = len(scale) // weight.shape[1]
             split = weight.reshape(groups, -1, *weight.shape[1:])
             along = scale.to(weight).reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
@@ -111,8 +130,7 @@ class Surgeon:
             shift: (channels,).
         """
         for reader in readers:
-            module = self.net.get_submodule(reader.module)
-            weight, _ = _parameters(module)
+            weight, _ = _parameters(self.net.get_submodule(reader.module))
             groups = len(shift) // weight.shape[1]
             along = shift.to(weight).reshape(groups, -1)
             summed = weight.reshape(*weight.shape[:2], -1).sum(2)  # (outputs, inputs of a group)
@@ -121,11 +139,16 @@ class Surgeon:
             if norm is not None:  # keeps the layer as it is: a norm would take a bias away again
                 norm.sub_(more.to(norm))
                 continue
-            if module.bias is None:
-                self.log.do(self.net, AddBias(module=reader.module, channels=len(more)))
-            _, bias = _parameters(module)
-            assert bias is not None  # noqa: S101  # there is one now
-            bias.add_(more)
+            self._bias(reader.module, len(more)).add_(more)
+
+    def _bias(self, module: str, channels: int) -> Tensor:
+        """A layer's bias; one of zeros where it had none."""
+        _, bias = _parameters(self.net.get_submodule(module))
+        if bias is None:
+            self.log.do(self.net, AddBias(module=module, channels=channels))
+            _, bias = _parameters(self.net.get_submodule(module))
+        assert bias is not None  # noqa: S101  # there is one now
+        return bias
 
     def _norm_behind(self, layer: Node) -> Tensor | None:
         """The running mean of the batch norm that alone reads a layer."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional
 
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -44,26 +45,13 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
     conv = surgeon.net.get_submodule(node.module)
     assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `check` saw that
     more = [1 - size % 2 for size in conv.kernel_size]
-    weight, bias = conv.weight.detach(), conv.bias
-    pads = [pad + extra for pad, extra in zip(map(int, conv.padding), more, strict=True)]
-    surgeon.replace(
+    surgeon.put_convolution(
         node.module,
-        "Conv2d",
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=[size + extra for size, extra in zip(conv.kernel_size, more, strict=True)],
+        functional.pad(conv.weight.detach(), (more[1], 0, more[0], 0)),
         stride=list(conv.stride),
-        padding=pads,
+        padding=[pad + extra for pad, extra in zip(map(int, conv.padding), more, strict=True)],
         groups=conv.groups,
-        bias=bias is not None,
     )
-    new = surgeon.net.get_submodule(node.module)
-    assert isinstance(new, nn.Conv2d)  # noqa: S101  # it was just put there
-    with torch.no_grad():
-        new.weight.zero_()[:, :, more[0] :, more[1] :] = weight
-        if bias is not None:
-            assert isinstance(new.bias, Tensor)  # noqa: S101
-            new.bias.copy_(bias)
 
 
 def _sides(node: Node) -> tuple[int, int]:

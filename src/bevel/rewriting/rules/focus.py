@@ -53,22 +53,12 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
     for part, (down, right) in enumerate(shifts):
         piece = joined[:, part * count : (part + 1) * count]
         kernel[:, :, down::2, right::2] = piece
-    bias = conv.bias
-    surgeon.replace(
+    surgeon.put_convolution(
         reader.module,
-        "Conv2d",
-        in_channels=count,
-        out_channels=outputs,
-        kernel_size=[2 * size for size in conv.kernel_size],
+        kernel,
         stride=[2 * step for step in conv.stride],
         padding=[2 * int(pad) for pad in conv.padding],
-        bias=bias is not None,
     )
-    new = surgeon.net.get_submodule(reader.module)
-    with torch.no_grad():
-        _tensor(new.weight).copy_(kernel)
-        if bias is not None:
-            _tensor(new.bias).copy_(bias)
     for ref in node.inputs:
         taken = seen.maker(ref)
         assert taken is not None  # noqa: S101  # `check` saw them
@@ -109,8 +99,3 @@ def _start(step: Any) -> int | None:
 
 def _everything(step: Any) -> bool:
     return step is Ellipsis or step == slice(None)
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)  # noqa: S101  # a convolution's
-    return value
