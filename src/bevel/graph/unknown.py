@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevel.core import memory
+
 aten = torch.ops.aten
 
 
@@ -73,7 +75,12 @@ def _same(x: Any, *others: Any, **_: Any) -> Any:
                 shape = _broadcast(shape, other.shape)
                 if shape is None:
                     return None
-    return torch.zeros_like(x) if shape == x.shape else x.new_zeros(shape)
+    return _alike(x) if shape == x.shape else memory.zeros(x, shape)
+
+
+def _alike(x: Tensor) -> Tensor:
+    """Zeros of the same shape and strides."""
+    return memory.zeros(x, x.shape) if x.is_contiguous() else torch.zeros_like(x)
 
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
@@ -120,7 +127,7 @@ def _convolution(
     if dims == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         empty = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         return empty.zero_()
-    return x.new_zeros(shape)
+    return memory.zeros(x, shape)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
@@ -132,7 +139,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     if a.dtype != b.dtype or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
         return None
-    return a.new_zeros((*a.shape[:-1], b.shape[-1])) if _is_float(a, b) else None
+    return memory.zeros(a, (*a.shape[:-1], b.shape[-1])) if _is_float(a, b) else None
 
 
 def _batch_norm(
@@ -147,7 +154,7 @@ def _batch_norm(
     vectors = (weight, bias, mean, variance)
     if training or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
         return None
-    return torch.zeros_like(x), x.new_empty(0), x.new_empty(0)
+    return _alike(x), x.new_empty(0), x.new_empty(0)
 
 
 def _layer_norm(
@@ -159,22 +166,28 @@ def _layer_norm(
     if any(v is not None and list(v.shape) != list(shape) for v in (weight, bias)):
         return None
     statistic = x.new_zeros((*x.shape[:start], *[1] * len(shape)))
-    return x.new_zeros(x.shape), statistic, statistic.clone()  # contiguous, whatever x is
+    return memory.zeros(x, x.shape), statistic, statistic.clone()  # contiguous, whatever x is
 
 
 def _clone(x: Tensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-    return torch.zeros_like(x, memory_format=memory_format) if _is_float(x) else None
+    if not _is_float(x):
+        return None
+    if memory_format in (torch.preserve_format, torch.contiguous_format) and x.is_contiguous():
+        return _alike(x)
+    return torch.zeros_like(x, memory_format=memory_format)
 
 
 def _softmax(x: Tensor, _: int, half_to_float: bool) -> Any:
-    return None if half_to_float or not _is_float(x) else x.new_zeros(x.shape)
+    return None if half_to_float or not _is_float(x) else memory.zeros(x, x.shape)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         return None
     batch, heads, length, width = q.shape
-    out = q.new_zeros((batch, length, heads, width)).transpose(1, 2)  # as the kernel lays it out
+    out = memory.zeros(q, (batch, length, heads, width)).transpose(
+        1, 2
+    )  # as the kernel lays it out
     return out, torch.zeros((batch, length, heads), dtype=torch.float32).transpose(1, 2)
 
 
