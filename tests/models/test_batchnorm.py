@@ -13,6 +13,7 @@ def test_the_statistics_are_the_average_over_the_batches():
     net = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5)).eval()
     net[0].train()
     net[0].running_mean.fill_(99)
+    net[0].running_var.fill_(99)
     batches = [torch.randn(8, 2, 3, 3) * 2 + 1 for _ in range(4)]
     assert recalibrate(net, [(batch, torch.zeros(8)) for batch in batches]) == 1
     pixels = [batch.transpose(0, 1).flatten(1) for batch in batches]

@@ -71,7 +71,7 @@ def test_offset_and_scale_go_into_the_readers_exactly(layers):
     x = drawn(2, 3, 6, 6)
     seen = Seen.of(net, x)
     (relu,) = seen.calls([torch.relu])
-    surgeon = Surgeon(net, seen, {}, SurgeryLog())
+    surgeon = Surgeon(net, seen, {}, SurgeryLog(), {})
     readers = surgeon.readers(relu.outputs[0])
     if isinstance(layers, nn.Sequential) and isinstance(layers[0], nn.AdaptiveAvgPool2d):
         assert readers is None  # a pool reads it

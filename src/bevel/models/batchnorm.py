@@ -23,8 +23,8 @@ def recalibrate(
     The statistics become the plain average over the batches (Li et al., "EagleEye", 2020, use
     this to judge a pruned network without training it). All else runs as in evaluation, dropout
     included, and every module's mode and momentum are as before afterwards. A batch norm with
-    mean 0 and variance 1 everywhere was folded into its convolution: its statistics are not
-    those of its input, and it is left alone.
+    variance 1 everywhere was folded into its convolution: its statistics are not those of its
+    input, and it is left alone.
 
     Args:
         net: a network with or without batch norms.
@@ -66,11 +66,8 @@ def recalibrate(
 
 
 def _estimated(norm: _BatchNorm) -> bool:
-    """Whether it keeps statistics, and they are more than where they start."""
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        return False
-    return bool((mean != 0).any() or (variance != 1).any())
+    """Whether it keeps statistics, and its variances are more than where they start."""
+    return norm.running_var is not None and bool((norm.running_var != 1).any())
 
 
 def _length(batches: Iterable[Any]) -> int | None:

@@ -20,6 +20,7 @@ from bevel.core.userfile import load_file
 from bevel.rewriting import samples
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.log import SurgeryLog
+from bevel.rewriting.reconstruction import Affine, Refit, reconstruct
 from bevel.rewriting.rule import Place, Rule
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -66,12 +67,16 @@ class Lite:
         sites: every place that a rule matched, rewritten or not.
         proven: of each exact rule that rewrote something, the largest difference of the outputs
             on the calibration images, relative to the largest output.
+        wanted: what layers give of what they gave, where that is not the same.
+        refits: the layers that were fitted again, after everything was replaced.
     """
 
     net: nn.Module
     log: SurgeryLog
     sites: list[SiteReport] = field(default_factory=list)
     proven: dict[str, float] = field(default_factory=dict)
+    wanted: dict[str, Affine] = field(default_factory=dict)
+    refits: list[Refit] = field(default_factory=list)
 
 
 def surgery(
@@ -104,6 +109,9 @@ def surgery(
     for rule in wanted:
         name, loaded = _loaded(rule)
         _apply(name, loaded, lite, example, batches, fit=fit)
+    images = torch.cat(batches)
+    if fit and len(images) > 1 and any(site.error is not None for site in lite.sites):
+        lite.refits.extend(reconstruct(lite.net, net, images, lite.wanted))
     return lite
 
 
@@ -162,7 +170,7 @@ def _apply(
         before = _outputs(lite.net, batches) if places else []
         nodes = [place for place in places if isinstance(place, Node)]
         given = {} if rule.EXACT else samples.take(lite.net, batches, nodes)
-        surgeon = Surgeon(lite.net, seen, given, lite.log, fit=fit)
+        surgeon = Surgeon(lite.net, seen, given, lite.log, lite.wanted, fit=fit)
         errors = [rule.rewrite(surgeon, place) for place in places]
         after = _outputs(lite.net, batches) if places else []
     except FORWARD_FAULTS as error:

@@ -52,24 +52,40 @@ def fit_relu(x: Tensor, y: Tensor, *, offset: bool) -> Bend:
     Returns:
         The best of each channel; s = 1, t = 0 where no bend helps.
     """
-    x, y = x.double(), y.double()
+    x, order = x.double().contiguous().sort(dim=1)
+    y = y.double().gather(1, order)
     plain = torch.relu(x)
     level = (y - plain).mean(1) if offset else torch.zeros(len(x)).double()
-    best = (plain + level[:, None] - y).square().sum(1)
-    scale, shift = torch.ones(len(x)).double(), torch.zeros(len(x)).double()
-    nothing = torch.zeros(len(x), 1).double()
-    height = y.mean(1, keepdim=True) if offset else nothing
-    for bend in BENDS:
-        bent = torch.relu(x - bend)
-        centre = bent.mean(1, keepdim=True) if offset else nothing
-        squares = (bent - centre).square().sum(1)
-        s = ((bent - centre) * (y - height)).sum(1) / squares.clamp(min=1e-12)
-        e = (height - s[:, None] * centre)[:, 0]
-        error = (s[:, None] * bent + e[:, None] - y).square().sum(1)
-        better = (error < best) & (s > 0) & (squares > 1e-12)
-        best, level = torch.where(better, error, best), torch.where(better, e, level)
-        scale, shift = torch.where(better, s, scale), torch.where(better, -s * bend, shift)
-    return Bend(scale.float(), shift.float(), level.float())
+    error = (plain + level[:, None] - y).square().sum(1)
+    first = torch.searchsorted(x, BENDS.expand(len(x), -1).contiguous())  # where relu(x - b) starts
+    ones, x_, squares, y_, products = (
+        _sums_from(values, first) for values in (torch.ones_like(x), x, x * x, y, x * y)
+    )
+    # Sums of r = relu(x - b), r r and r y over the samples: (channels, bends).
+    r, rr, ry = x_ - BENDS * ones, squares - 2 * BENDS * x_ + BENDS**2 * ones, products - BENDS * y_
+    count = x.shape[1]
+    height = y.mean(1, keepdim=True) if offset else torch.zeros(len(x), 1).double()
+    if offset:
+        rr, ry = rr - r * r / count, ry - r * height
+    total = (y - height).square().sum(1, keepdim=True)
+    fits = (rr > 1e-12) & (ry > 0)
+    scales = torch.where(fits, ry / rr.clamp(min=1e-12), 0)
+    errors, best = torch.where(fits, total - scales * ry, torch.inf).min(1)
+    s, b = scales.gather(1, best[:, None])[:, 0], BENDS[best]
+    e = height[:, 0] - s * r.gather(1, best[:, None])[:, 0] / count if offset else level
+    helps = errors < error
+    return Bend(
+        torch.where(helps, s, 1.0).float(),
+        torch.where(helps, -s * b, 0.0).float(),
+        torch.where(helps, e, level).float(),
+    )
+
+
+def _sums_from(values: Tensor, first: Tensor) -> Tensor:
+    """Sums of each row from some positions on: (rows, columns), (rows, n) -> (rows, n)."""
+    sums = torch.zeros(len(values), values.shape[1] + 1).double()
+    sums[:, :-1] = values.flip(1).cumsum(1).flip(1)
+    return sums.gather(1, first)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

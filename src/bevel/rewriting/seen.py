@@ -157,6 +157,21 @@ class Seen:
             return None
         return self.owner_of_weight(maker)
 
+    def made(self) -> Iterator[Value]:
+        """Every tensor that a call returns."""
+        return (value for node in self.nodes for value in values_in((node.frame.result,)))
+
+    def norm_behind(self, node: Node) -> Node | None:
+        """The batch norm with running statistics that alone reads what a call makes."""
+        ref = node.outputs[0] if node.outputs else None
+        if ref is None or not self.read_once(ref):
+            return None
+        norm = self.readers(ref)[0]
+        if norm.function is not F.batch_norm or self.runs(norm.module) != 1:
+            return None
+        mean = getattr(self.modules.get(norm.module), "running_mean", None)
+        return norm if isinstance(mean, torch.Tensor) else None
+
     def owner_of_weight(self, node: Node) -> nn.Module | None:
         """The module whose own parameter `weight` a layer uses as it is, in its only run."""
         position = LAYERS.get(node.function)

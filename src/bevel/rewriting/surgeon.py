@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import name_of
 from bevel.rewriting.log import AddBias, Divert, Replace, SurgeryLog
+from bevel.rewriting.reconstruction import Affine
 from bevel.rewriting.samples import Samples
 from bevel.rewriting.seen import Node, Ref, Seen
 
@@ -23,13 +24,23 @@ class Surgeon:
         seen: what it called before the rule.
         samples: what the calls that the rule rewrites were given on calibration images.
         log: what was done, by this rule and those before it.
+        wanted: what layers give now of what they gave in the original, where that is not the same;
+            by rules before it too.
         fit: whether cheap layers are fitted to the dear ones; without that they only replace them.
     """
 
     def __init__(
-        self, net: nn.Module, seen: Seen, samples: Samples, log: SurgeryLog, *, fit: bool = True
+        self,
+        net: nn.Module,
+        seen: Seen,
+        samples: Samples,
+        log: SurgeryLog,
+        wanted: dict[str, Affine],
+        *,
+        fit: bool = True,
     ) -> None:
-        self.net, self.seen, self.samples, self.log, self.fit = net, seen, samples, log, fit
+        self.net, self.seen, self.samples, self.log = net, seen, samples, log
+        self.wanted, self.fit = wanted, fit
 
     def replace(self, module: str, by: str, *, repeat: int = 1, **arguments: Any) -> None:
         """Put another module in place of one; see `log.MODULES`."""
@@ -92,6 +103,7 @@ class Surgeon:
         bias = self._bias(maker.module, len(scale))
         weight.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
         bias.mul_(scale).add_(shift)
+        self._want(maker.module, scale, shift)
 
     def readers(self, ref: Ref) -> list[Node] | None:
         """The layers that read a tensor, if these are all and each can scale what it reads."""
@@ -135,11 +147,19 @@ class Surgeon:
             along = shift.to(weight).reshape(groups, -1)
             summed = weight.reshape(*weight.shape[:2], -1).sum(2)  # (outputs, inputs of a group)
             more = (summed.reshape(groups, -1, along.shape[1]) * along[:, None]).sum(2).flatten()
-            norm = self._norm_behind(reader)
+            norm = self.seen.norm_behind(reader)
             if norm is not None:  # keeps the layer as it is: a norm would take a bias away again
-                norm.sub_(more.to(norm))
+                mean = self.net.get_submodule(norm.module).running_mean
+                assert isinstance(mean, Tensor)  # noqa: S101  # `norm_behind` found it
+                mean.sub_(more.to(mean))
+                self._want(reader.module, torch.ones_like(more), -more)
                 continue
             self._bias(reader.module, len(more)).add_(more)
+
+    def _want(self, module: str, scale: Tensor, shift: Tensor) -> None:
+        """What a layer gives is now s y + t of what it gave."""
+        before = self.wanted.get(module, (torch.ones_like(scale), torch.zeros_like(scale)))
+        self.wanted[module] = scale * before[0], scale * before[1] + shift
 
     def _bias(self, module: str, channels: int) -> Tensor:
         """A layer's bias; one of zeros where it had none."""
@@ -149,17 +169,6 @@ class Surgeon:
             _, bias = _parameters(self.net.get_submodule(module))
         assert bias is not None  # noqa: S101  # there is one now
         return bias
-
-    def _norm_behind(self, layer: Node) -> Tensor | None:
-        """The running mean of the batch norm that alone reads a layer."""
-        ref = layer.outputs[0]
-        found = self.seen.readers(ref)
-        if not self.seen.read_once(ref) or found[0].function is not F.batch_norm:
-            return None
-        norm = self.net.get_submodule(found[0].module)
-        mean = getattr(norm, "running_mean", None)
-        once = self.seen.runs(found[0].module) == 1
-        return mean if isinstance(mean, Tensor) and once else None
 
 
 SCALABLE = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
