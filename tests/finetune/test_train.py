@@ -1,5 +1,6 @@
 """What training does to a network, and what it leaves alone."""
 
+import copy
 import math
 
 import pytest
@@ -146,3 +147,26 @@ def test_the_average_is_what_is_returned(data, net):
     mean = finetune(net, data, TrainStep(epochs=2, ema=0.9))
     assert digest(plain.net) != digest(mean.net)
     assert plain.history[0]["loss"] == mean.history[0]["loss"]
+
+
+def test_a_checkpoint_with_folded_batch_norms_is_not_destroyed(data, net):
+    trained = finetune(net, data, TrainStep(epochs=6, lr=0.05, weight_decay=0), seed=3).net
+    norm = trained.norm
+    with torch.no_grad():  # as a converter does it
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        trained.conv.weight.mul_(scale[:, None, None, None])
+        trained.conv.bias.copy_((trained.conv.bias - norm.running_mean) * scale)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1)
+        norm.weight.fill_(math.sqrt(1 + norm.eps))
+        for numbers in (trained.conv.weight, trained.conv.bias, norm.bias):
+            numbers.mul_(5)  # the same function, of features that are larger
+        trained.linear.weight.div_(5)
+    images = torch.cat([images for images, _ in data.batches("validation")])
+    folded = copy.deepcopy(trained.state_dict())
+    # Steps that move nothing: what is left is what training does to the network by itself.
+    again = finetune(trained, data, TrainStep(epochs=15, lr=1e-9, weight_decay=0), seed=4).net
+    with torch.no_grad():
+        before, after = trained(images), again(images)
+    assert (after - before).square().mean() < 0.01 * before.var()
+    assert all(torch.equal(folded[name], value) for name, value in trained.state_dict().items())

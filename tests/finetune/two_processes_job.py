@@ -1,4 +1,7 @@
-"""A training shared by two processes (gloo), each a fork of this one: FOLDER PORT."""
+"""A training shared by two processes (gloo), each a fork of this one: FOLDER PORT.
+
+It learns from a teacher's outputs and feature maps too.
+"""
 
 import os
 import sys
@@ -19,8 +22,9 @@ class Interrupted(TinyData):
 
 
 def train(data: TinyData, folder: Path) -> str:
-    settings = TrainStep(epochs=4, lr=0.05, ema=0.8)
-    trained = finetune(tiny_net(), data, settings, folder=folder)
+    distill = {"weight": 0.1, "features": 0.1}
+    settings = TrainStep(epochs=4, lr=0.05, ema=0.8, distill=distill)
+    trained = finetune(tiny_net(), data, settings, folder=folder, teacher=tiny_net(seed=2))
     return f"{digest(trained.net)} {[row['validation_top1'] for row in trained.history]}"
 
 

@@ -90,10 +90,20 @@ class DataSection(Section):
 
 
 class Distill(Section):
-    """Learn from the original network's outputs as well as from the labels (Hinton et al. 2015)."""
+    """Learn from the original network as well as from the labels.
+
+    From its outputs (Hinton et al. 2015), and with `features` from its feature maps as well (Romero
+    et al., FitNets, 2015).
+    """
 
     weight: float = Field(default=0.5, ge=0, le=1, description="share of the loss")
     temperature: float = Field(default=4.0, gt=0)
+    features: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the relative squared distance between feature maps, those at the "
+        "ends of the stages, added to the loss; above 0, steps run uncompiled",
+    )
 
 
 class TrainStep(Section):
@@ -261,6 +271,10 @@ class Quantization(Section):
     )
     correct_bias: bool = Field(
         default=False, description="take back the mean error of each layer's output"
+    )
+    learn_rounding: bool = Field(
+        default=False,
+        description="round weights so that the errors of a layer take each other back (GPTQ)",
     )
     keep_float: list[str] = Field(
         default_factory=list, description="module names (globs) that stay in float"

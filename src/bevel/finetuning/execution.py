@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bevel.core.errors import RunFolderError, one_line
 from bevel.core.progress import note, track
 from bevel.core.recipe import TrainStep
+from bevel.finetuning.features import feature_sites
 from bevel.finetuning.step import MEMORY_FORMATS, Execution, Stepper
 
 SHORT_SECONDS = 20.0
@@ -152,13 +153,19 @@ def choose(
         steps: how many the training has, to weigh the cost of compiling.
         device: where steps run.
         may_compile: False where the process group forbids it.
+
+    Raises:
+        TrainingError: feature maps are to be compared, and none can be.
     """
     if settings.precision == "auto":
         ways = [Execution(dtype, memory) for dtype in DTYPES for memory in MEMORY_FORMATS]  # type: ignore[arg-type]
     else:
         ways = [PINNED[settings.precision]]
-    base = _Candidate(Stepper(net, teacher, ways[0], settings, device), batch)
+    sites = _sites(net, teacher, settings, batch)
+    base = _Candidate(Stepper(net, teacher, ways[0], settings, device, sites), batch)
     choice = Choice(ways[0], "", str(device), torch.get_num_threads())
+    if sites:
+        choice.notes.append(f"not compiled: distill.features reads {', '.join(sites)} by hooks")
     if settings.precision != "auto" and settings.compile == "never":
         choice.reason = "pinned by the recipe"
         return base.stepper, choice
@@ -171,7 +178,7 @@ def choose(
             return base.stepper, choice
     candidates = [base]
     for way in track(ways[1:], "measuring ways to step", len(ways) - 1):
-        candidate = _Candidate(Stepper(net, teacher, way, settings, device), batch)
+        candidate = _Candidate(Stepper(net, teacher, way, settings, device, sites), batch)
         problem = _first(candidate, base, min(c.best for c in candidates))
         if problem is None:
             candidates.append(candidate)
@@ -181,7 +188,7 @@ def choose(
     choice.step_ms = {str(c.stepper.execution): round(c.best * 1e3, 2) for c in candidates}
     choice.execution = best.stepper.execution
     choice.reason = "fastest of the measured" if best is not base else "nothing was clearly faster"
-    if settings.compile == "auto" and may_compile:
+    if settings.compile == "auto" and may_compile and not sites:
         _consider_compiling(best, choice, steps)
     best.stepper.reset(net)
     note(f"steps run as {choice.execution} ({choice.reason})")
@@ -205,13 +212,23 @@ def resume(
         )
     wanted = choice.execution
     eager = Execution(wanted.dtype, wanted.memory_format)
-    stepper = Stepper(net, teacher, eager, settings, device)
+    sites = _sites(net, teacher, settings, batch)
+    stepper = Stepper(net, teacher, eager, settings, device, sites)
     if wanted.compiled:
         problem = _compile(_Candidate(stepper, batch))
         if problem is not None:
             note(f"{problem}; the last bits of the weights may differ")
         stepper.reset(net)
     return stepper
+
+
+def _sites(
+    net: nn.Module, teacher: nn.Module | None, settings: TrainStep, batch: Batch
+) -> tuple[str, ...]:
+    """Where feature maps are compared; nowhere unless `settings.distill` asks for it."""
+    if teacher is None or settings.distill is None or settings.distill.features == 0:
+        return ()
+    return feature_sites(net, teacher, batch[0][:1])
 
 
 def _first(candidate: _Candidate, base: _Candidate, best: float) -> str | None:

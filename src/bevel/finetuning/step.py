@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bevel.core.errors import ModelError
 from bevel.core.recipe import TrainStep
 from bevel.finetuning.distill import combined_loss
+from bevel.finetuning.features import feature_loss, feature_maps
 from bevel.finetuning.optimizer import sgd
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -34,7 +35,9 @@ class Stepper:
     """Own copies of a network and its teacher, with an optimizer, ready to step.
 
     `forward`, `optimizer` and `backward` may be replaced by Accelerate's. Partial batches run
-    uncompiled, because every new shape would cost another compilation.
+    uncompiled, because every new shape would cost another compilation. `sites` names the modules
+    whose feature maps are compared with the teacher's: such a stepper is not to be compiled,
+    because a compiled network may leave out the hooks that read them.
     """
 
     def __init__(
@@ -44,10 +47,12 @@ class Stepper:
         execution: Execution,
         settings: TrainStep,
         device: torch.device,
+        sites: tuple[str, ...] = (),
     ) -> None:
         self.execution = execution
         self.settings = settings
         self.device = device
+        self.sites = sites
         self._format = MEMORY_FORMATS[execution.memory_format]
         self.net = self._place(net).train()
         self.teacher = None if teacher is None or settings.distill is None else self._place(teacher)
@@ -81,24 +86,21 @@ class Stepper:
         """The training loss of a batch, a float32 scalar."""
         images = images.to(self.device, memory_format=self._format, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        forward, ask = self.forward, self.teacher
+        forward = self.forward
         if self._compiled is not None and images.shape == self._shape:
             forward = self._compiled
-            ask = self._compiled_teacher  # type: ignore[assignment]
         mixed = self.execution.dtype == "bfloat16"
-        answers: Tensor | None = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            if ask is not None:
-                with torch.no_grad():
-                    answers = _logits(ask(images), "the teacher")
-            logits = _logits(forward(images), "the network")
+            answers, taught = self._ask(images)
+            with feature_maps(self.net, self.sites) as maps:
+                logits = _logits(forward(images), "the network")
         distill = self.settings.distill
         if answers is not None and answers.shape != logits.shape:
             raise ModelError(
                 f"the teacher gives outputs of shape {tuple(answers.shape)} and the network "
                 f"{tuple(logits.shape)}; distillation needs the same classes in both"
             )
-        return combined_loss(
+        loss = combined_loss(
             logits,
             labels,
             answers,
@@ -106,6 +108,19 @@ class Stepper:
             temperature=distill.temperature if distill else 1.0,
             label_smoothing=self.settings.label_smoothing,
         )
+        if distill is not None and self.sites:
+            loss = loss + distill.features * feature_loss(maps, taught)
+        return loss
+
+    def _ask(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The teacher's logits (N, classes) and its feature maps; None and none without one."""
+        if self.teacher is None:
+            return None, {}
+        ask: Callable[[Tensor], Any] = self.teacher
+        if self._compiled_teacher is not None and images.shape == self._shape:
+            ask = self._compiled_teacher
+        with torch.no_grad(), feature_maps(self.teacher, self.sites) as maps:
+            return _logits(ask(images), "the teacher"), maps
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Change the weights by one batch; returns the detached loss."""

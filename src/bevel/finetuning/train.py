@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +25,17 @@ from bevel.data.metrics import evaluate
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper
+from bevel.models.batchnorm import folded, unfold
 
 FROZEN_SHARE = 1 / 3
 """Of all steps, the last that run with `freeze`."""
 
 CHECK_EVERY = 25
 """Steps between looks at the loss where looking makes the processor wait for an accelerator."""
+
+
+UNFOLDING = 8
+"""Batches that the statistics of folded batch norms are estimated on."""
 
 
 class Batches(Protocol):
@@ -86,6 +92,9 @@ def finetune(
     bit (on the same machine with as many threads). Under `accelerate launch` each process takes
     its share of every batch.
 
+    Batch norms that a checkpoint has folded get statistics again before the first step, so that
+    training starts from the function that the network is (`bevel.models.batchnorm.unfold`).
+
     Args:
         net: gives logits of shape (N, classes) for images (N, C, H, W).
         data: training and validation images.
@@ -107,7 +116,19 @@ def finetune(
             f"{label}: distill is set but there is no teacher; give one, or remove distill"
         )
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
-        return _Loop(net, data, settings, seed, teacher, folder, label, freeze).run()
+        start = _unfolded(net, data, seed)
+        return _Loop(start, data, settings, seed, teacher, folder, label, freeze).run()
+
+
+def _unfolded(net: nn.Module, data: TrainingData, seed: int) -> nn.Module:
+    """The network with statistics in its batch norms, if they were folded: `batchnorm.unfold`."""
+    if not folded(net):
+        return net
+    batches = data.train_batches(seed=seed, epoch=0)
+    images = (images for images, _ in batches)
+    net = copy.deepcopy(net)
+    unfold(net, islice(images, min(UNFOLDING, len(batches))))
+    return net
 
 
 class _Loop:
