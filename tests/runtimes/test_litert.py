@@ -67,6 +67,11 @@ def test_borders_are_float_and_named(artifact):
     assert ends == [("args_0", [1, 3, 16, 16], "float32"), ("output_0", [1, 10], "float32")]
 
 
+def test_what_the_native_quantizer_does_not_do_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="has no learn_rounding; use quantizer: torch"):
+        int8(tmp_path / "native.tflite", quantizer="native", learn_rounding=True)
+
+
 def test_native_quantizer_with_a_module_in_float(tmp_path):
     artifact = int8(tmp_path / "native.tflite", quantizer="native", keep_float=["stem"])
     assert artifact.quantizer.startswith("ai-edge-quantizer")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevel.core import memory
+from bevel.graph import memory
 
 aten = torch.ops.aten
 

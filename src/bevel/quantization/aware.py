@@ -63,7 +63,7 @@ def quantization_aware(
             "quantization-aware training needs a network that takes any batch size; tracing "
             "this one fixes it (bevel export says why): leave the step out"
         )
-    plain = {"equalize": False, "correct_bias": False}
+    plain = {"equalize": False, "correct_bias": False, "learn_rounding": False}
     options = (options or Quantization()).model_copy(update=plain)
     prepared = calibrated(program, quantizer, calibration, options)
     with quiet():

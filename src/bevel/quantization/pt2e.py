@@ -17,7 +17,7 @@ from bevel.core.recipe import Quantization
 from bevel.graph.program import fixed_batch
 
 CORRECTION_IMAGES = 256
-"""Images that the errors of biases are averaged over."""
+"""Images that errors of biases are averaged over, and rounding is learned on."""
 
 
 def quantize(
@@ -66,7 +66,7 @@ def calibrated(
     with quiet():  # not around calibration, which shows its progress
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-        from bevel.quantization import weights
+        from bevel.quantization import rounding, weights
         from bevel.quantization.keeping import KeepingFloat
 
         module = program.module()
@@ -80,6 +80,9 @@ def calibrated(
     count = len(program.graph_signature.user_inputs)
     static_batch = fixed_batch(program)
     _calibrate(prepared, calibration, count, static_batch)
+    if options.learn_rounding:
+        pieces = _pieces(calibration, count, static_batch, CORRECTION_IMAGES)
+        rounding.learn_rounding(prepared, track(pieces, "inputs of layers", len(pieces)))
     if options.correct_bias:
         pieces = _pieces(calibration, count, static_batch, CORRECTION_IMAGES)
         weights.correct_biases(prepared, track(pieces, "correct biases", len(pieces)))

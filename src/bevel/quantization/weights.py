@@ -204,15 +204,25 @@ def _stored(module: GraphModule, node: Node, index: int) -> Tensor | None:
     source = _source(node, index)
     if source is None:
         return None
+    return taken(module, source)
+
+
+def taken(module: GraphModule, source: Node) -> Tensor:
+    """A stored tensor."""
     parent, _, name = str(source.target).rpartition(".")
     value: Tensor = getattr(module.get_submodule(parent), name)
     return value.detach()
 
 
 def _store(module: GraphModule, node: Node, index: int, value: Tensor) -> None:
-    """Replace the weight or bias; never in place, the traced network may share it."""
+    """Replace the weight or bias of a layer."""
     source = _source(node, index)
     assert source is not None  # noqa: S101  # it was read before
+    put(module, source, value)
+
+
+def put(module: GraphModule, source: Node, value: Tensor) -> None:
+    """Replace a stored tensor; never in place, the traced network may share it."""
     parent, _, name = str(source.target).rpartition(".")
     holder = module.get_submodule(parent)
     if name in dict(holder.named_buffers(recurse=False)):

@@ -115,6 +115,10 @@ def _native_int8(
     whole: bytes, program: ExportedProgram, calibration: Iterable[Any], options: Quantization
 ) -> bytes:
     """Quantized by LiteRT's own quantizer: every operator that it knows."""
+    if options.quantizer == "native":
+        for name in ("equalize", "correct_bias", "learn_rounding"):
+            if getattr(options, name):
+                raise ExportError(f"{NATIVE} has no {name}; use quantizer: torch")
     quantizer = Quantizer(whole)
     quantizer.add_static_config(".*", Op.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
     _keep_float(quantizer, options)

@@ -99,6 +99,7 @@ def _check(options: Quantization) -> None:
         f"observer: {options.observer}": options.native_ranges not in ("minmax", "percentile"),
         "equalize": options.equalize,
         "correct_bias": options.correct_bias,
+        "learn_rounding": options.learn_rounding,
     }
     for name, wanted in asked.items():
         if wanted:

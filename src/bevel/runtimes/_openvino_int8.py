@@ -162,9 +162,14 @@ def _by_nncf(
     """NNCF's post-training quantization with its defaults: min-max, fast bias correction."""
     if not pieces:
         raise ExportError("int8 needs calibration images and got none")
-    if options.native_ranges != "minmax" or options.equalize:
-        asked = "equalize" if options.equalize else f"observer: {options.observer}"
-        raise ExportError(f"bevel does not ask NNCF for {asked}; use quantizer: torch")
+    asked = {
+        f"observer: {options.observer}": options.native_ranges != "minmax",
+        "equalize": options.equalize,
+        "learn_rounding": options.learn_rounding,
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise ExportError(f"bevel does not ask NNCF for {name}; use quantizer: torch")
     onnx_model = convert(program)
     kept = nodes_of(onnx_model, options.keep_float)
     model = from_onnx(onnx_model)
