@@ -34,7 +34,7 @@ from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune
 from bevel.measurement.bench import Subject, measure_all
-from bevel.models.batchnorm import recalibrate
+from bevel.models.batchnorm import recalibrate, unfold
 
 MODEL = "timm:tf_mobilenetv3_small_100"
 WEIGHTS = "timm.tf_mobilenetv3_small_100.safetensors"
@@ -61,6 +61,7 @@ def start(shared: Path, seed: int) -> nn.Module:
 def variant(name: str, net: nn.Module, data: Data) -> nn.Module:
     """The network that is trained."""
     images = [batch for batch, _ in data.batches("train", limit=CALIBRATION)]
+    unfold(net, images)  # this checkpoint's batch norms are folded, and would not survive a step
     if name != "original":
         net = bevel.surgery(net, images[0][:2], calibration=images, fit=name == "lite").net
         recalibrate(net, images)

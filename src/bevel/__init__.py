@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bevel.pruning.verify import verify_pruning
     from bevel.reporting import report
     from bevel.rewriting.apply import surgery
+    from bevel.rewriting.rule import rule as surgery_rule
     from bevel.runtimes import export
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "run",
     "save_pruned",
     "surgery",
+    "surgery_rule",
     "verify_pruning",
 ]
 
@@ -85,6 +87,7 @@ _HOMES = {
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",
     "surgery": "bevel.rewriting.apply",
+    "surgery_rule": "bevel.rewriting.rule:rule",
     "verify_pruning": "bevel.pruning.verify",
 }
 """Where each public name lives: its module, and its name there where that differs."""

@@ -36,8 +36,8 @@ def surgery(
     rules: Annotated[
         str,
         typer.Option(
-            help="exact, lite, tidl, or rules joined by commas (bevel list rules); auto: those of "
-            "lite that save time on --target."
+            help="exact, lite, tidl, edgetpu, tensorrt, xnnpack, or rules joined by commas (bevel "
+            "list rules); auto: those of lite that save time on --target."
         ),
     ] = "lite",
     dry_run: Annotated[
@@ -87,6 +87,7 @@ def surgery(
         saved = {p.name: {"before_ms": p.before_ms, "after_ms": p.after_ms} for p in found}
         console.print_json(
             {**written, "sites": sites, "proven": lite.proven, "rules": used}
+            | {"refits": [asdict(refit) for refit in lite.refits]}
             | ({"measured": saved} if found else {})
         )
         return
@@ -154,13 +155,16 @@ def _target(text: str | None) -> Target | None:
 
 def _say(lite: Lite, found: Sequence[Payoff]) -> None:
     """The table of rules, for people."""
-    from bevel.reporting.sections import by_rule
+    from bevel.reporting.sections import by_rule, refitted
 
     rows = [_row(rule) for rule in by_rule([asdict(site) for site in lite.sites], lite.proven)]
     if rows:
         console.print_table(COLUMNS, rows)
     else:
         console.print_text("no rule matches anything")
+    again = refitted([asdict(refit) for refit in lite.refits])
+    if again is not None:
+        console.print_text(again)
     for payoff in found:
         if payoff.after_ms is not None:
             console.print_text(

@@ -194,6 +194,7 @@ class Flow:
             "params": plan.after.params,
             "sites": [asdict(site) for site in lite.sites],
             "proven": lite.proven,
+            "refits": [asdict(refit) for refit in lite.refits],
             "validation_top1_before": before,
             "validation_top1": self._validate(lite.net),
         }

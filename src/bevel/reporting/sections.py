@@ -81,6 +81,17 @@ def by_rule(
         yield RuleSummary(rule, len(own), done, naive, fitted, proven.get(rule), reasons)
 
 
+def refitted(refits: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line about the layers that surgery fitted again; None where it did not."""
+    if not refits:
+        return None
+    before, after = (sum(r[key] for r in refits) / len(refits) for key in ("before", "after"))
+    return (
+        f"{len(refits)} layers fitted again one after the other: mean error of their outputs "
+        f"{before:.3f} -> {after:.3f}"
+    )
+
+
 def surgeries(record: RunRecord) -> list[str]:
     """Per surgery step and rule: places, what they lose, and why others were left alone."""
     lines = []
@@ -94,6 +105,9 @@ def surgeries(record: RunRecord) -> list[str]:
             elif found.difference is not None:
                 said += f"; exact, outputs differ by {found.difference:.1e}"
             lines.append("; ".join([said, *found.reasons]))
+        again = refitted(step.numbers.get("refits", ()))
+        if again is not None:
+            lines.append(f"step {position}, {again}")
     return lines
 
 

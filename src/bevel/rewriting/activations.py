@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bevel.graph.record import Value
 from bevel.rewriting.fitting import Error, by_channel, fit_relu, relative_error
 from bevel.rewriting.seen import Function, Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -29,14 +30,16 @@ class ToRelu:
     Attributes:
         function: what is replaced, as modules and forwards call it.
         gates: functions g for which x * g(x), written by hand, is the same.
+        also: other names of the function, with arguments of their own.
     """
 
     function: Callable[..., Tensor]
     gates: tuple[Function, ...] = ()
+    also: tuple[Function, ...] = ()
 
     def match(self, seen: Seen) -> Iterator[Node]:
         """Calls of the function, and products with its gate."""
-        yield from seen.calls([self.function])
+        yield from seen.calls([self.function, *self.also])
         for node in seen.calls(PRODUCTS):
             if len(node.inputs) == 2 and self._gate(seen, node) is not None:
                 yield node
@@ -53,7 +56,7 @@ class ToRelu:
         seen, gate = surgeon.seen, self._gate(surgeon.seen, node)
         position = 0 if gate is None else node.inputs.index(gate.inputs[0])
         x = by_channel(surgeon.samples[node.number][position])
-        y = self._values(x, node, gate)
+        y = self._values(x, node, gate, surgeon.net)
         naive = fitted = relative_error(torch.relu(x), y)
         calls = (node,) if gate is None else (gate, node)
         if surgeon.fit and seen.layer_before(*calls) is not None:
@@ -75,7 +78,7 @@ class ToRelu:
 
     def _gate(self, seen: Seen, node: Node) -> Node | None:
         """The call of the gate where the node is a product written by hand."""
-        if node.function is self.function:
+        if node.function in (self.function, *self.also):
             return None
         for position in (0, 1):
             gate = seen.maker(node.inputs[position])
@@ -84,11 +87,18 @@ class ToRelu:
                 return gate
         return None
 
-    def _values(self, x: Tensor, node: Node, gate: Node | None) -> Tensor:
-        """The function of x, with the settings that this place calls it with."""
+    def _values(self, x: Tensor, node: Node, gate: Node | None, net: nn.Module) -> Tensor:
+        """The function of (channels, samples), with the settings that this place calls it with."""
         if gate is not None:
             return self.function(x)
         frame = node.frame
-        given: list[Any] = list(frame.arguments[1 : len(frame.arguments) - len(frame.keywords)])
+        given: list[Any] = [
+            net.get_parameter(argument.name or "").detach()
+            if isinstance(argument, Value)
+            else argument
+            for argument in frame.arguments[1 : len(frame.arguments) - len(frame.keywords)]
+        ]
         named = {key: frame.keyword(key) for key in frame.keywords if key != "inplace"}
-        return self.function(x.clone(), *given, **named)  # it may be told to overwrite
+        images = x.clone()[None]  # it may be told to overwrite
+        result: Tensor = node.function(images, *given, **named)
+        return result[0]

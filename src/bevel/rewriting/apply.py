@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,40 @@ from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, SurgeryError, UnknownNameError, one_line, suggestion
 from bevel.core.modes import evaluating
 from bevel.core.userfile import load_file
+from bevel.graph.record import ExampleInputs, map_inputs, run
 from bevel.rewriting import samples
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.log import SurgeryLog
 from bevel.rewriting.reconstruction import Affine, Refit, reconstruct
 from bevel.rewriting.rule import Place, Rule
+from bevel.rewriting.samples import Samples, joined
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
-_EXACT = ("drop_path", "inplace_dropout", "focus", "large_max_pool")
+_EXACT = ("drop_path", "inplace_dropout", "reparametrize", "focus", "large_max_pool")
 _SMOOTH = ("squeeze_excite", "silu", "hardswish", "gelu", "mish", "elu")
+_PLAIN = ("large_avg_pool", "global_pool", "interpolate_size")
 
 SETS: dict[str, tuple[str, ...]] = {
     "exact": _EXACT,
     "lite": (*_EXACT, *_SMOOTH),
-    "tidl": (*_EXACT, *_SMOOTH, "leaky_relu", "even_kernel"),
-}
-"""Rules by the name of what they are for, in the order in which they run. `tidl`: what accelerators
-that know odd kernels and ReLU only ask for."""
+    "tidl": (
+        *_EXACT, *_SMOOTH, "hardsigmoid", "leaky_relu", "prelu", "norm", "channels_last",
+        "even_kernel", "large_kernel", *_PLAIN,
+    ),
+    "edgetpu": (*_EXACT, *_SMOOTH, "hardsigmoid", "norm", "channels_last", *_PLAIN),
+    "tensorrt": (*_EXACT, *_SMOOTH[1:], "norm", "channels_last", "interpolate_size"),
+    "xnnpack": (*_EXACT, "silu", "gelu", "mish", "elu", "norm", "channels_last", "hardsigmoid"),
+}  # fmt: skip
+"""Rules by the name of what they are for, in the order in which they run.
+
+`tidl`: accelerators that know odd kernels and ReLU only. `edgetpu`: int8 only, no gates.
+`tensorrt`: gates are cheap there, and a ReLU is merged with the convolution before it. `xnnpack`
+(LiteRT, ExecuTorch): hard swish is a table there, the other smooth functions are not.
+"""
 
 TOLERANCE = 1e-5
-"""Largest difference that an exact rule may make, relative to the largest output."""
+"""Largest difference that an exact rule may make, relative to the largest output of its kind."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Lite:
         log: what was done; `replay` does it to a fresh network, which then takes the weights.
         sites: every place that a rule matched, rewritten or not.
         proven: of each exact rule that rewrote something, the largest difference of the outputs
-            on the calibration images, relative to the largest output.
+            on the calibration images, relative to the largest output of its kind.
         wanted: what layers give of what they gave, where that is not the same.
         refits: the layers that were fitted again, after everything was replaced.
     """
@@ -81,21 +95,22 @@ class Lite:
 
 def surgery(
     net: nn.Module,
-    example: Tensor,
+    example: ExampleInputs,
     *,
     rules: str | Sequence[str | Rule] = "lite",
-    calibration: Iterable[Tensor] = (),
+    calibration: Iterable[ExampleInputs] = (),
     fit: bool = True,
 ) -> Lite:
     """Rewrite a copy of a network by rules; the original is not touched.
 
     Args:
         net: the network.
-        example: images (N, C, H, W) that it can be called with.
+        example: what it can be called with: images (N, C, H, W), or positional or keyword
+            arguments, such as the list of images (C, H, W) of a detector, `([image, image],)`.
         rules: the name of a set, or names of rules in the order in which they run; a rule of your
             own is the name of a file, `path/to/rule.py`, or any object that is a `Rule`.
-        calibration: batches of images like those it will see, for what is fitted; without them
-            the example is all there is.
+        calibration: batches of images like those it will see, each given as the example is, for
+            what is fitted; without them the example is all there is.
         fit: fit what is not exact; without it the cheap layer is put in place as it is.
 
     Raises:
@@ -106,11 +121,14 @@ def surgery(
     wanted = chosen(rules)
     batches = list(calibration) or [example]
     lite = Lite(copy.deepcopy(net), SurgeryLog())
+    seen: Seen | None = None
     for rule in wanted:
         name, loaded = _loaded(rule)
-        _apply(name, loaded, lite, example, batches, fit=fit)
-    images = torch.cat(batches)
-    if fit and len(images) > 1 and any(site.error is not None for site in lite.sites):
+        seen = seen or Seen.of(lite.net, example)
+        if _apply(name, loaded, lite, seen, batches, fit=fit):
+            seen = None
+    images, inexact = joined(batches), any(site.error is not None for site in lite.sites)
+    if fit and inexact and images is not None and len(images) > 1:
         lite.refits.extend(reconstruct(lite.net, net, images, lite.wanted))
     return lite
 
@@ -161,18 +179,28 @@ def _loaded(rule: str | Rule) -> tuple[str, Rule]:
 
 
 def _apply(
-    name: str, rule: Rule, lite: Lite, example: Tensor, batches: Sequence[Tensor], *, fit: bool
-) -> None:
-    seen = Seen.of(lite.net, example)
+    name: str,
+    rule: Rule,
+    lite: Lite,
+    seen: Seen,
+    batches: Sequence[ExampleInputs],
+    *,
+    fit: bool,
+) -> bool:
+    """Rewrite what a rule matches; whether there was something."""
+    earlier = lite.net
     try:
         found = [(place, rule.check(seen, place)) for place in rule.match(seen)]
+        nodes = [place for place, why in found if why is None and isinstance(place, Node)]
+        given = samples.take(lite.net, batches, seen, nodes) if nodes and not rule.EXACT else {}
+        if not rule.EXACT:
+            found = [(place, why or _unreached(place, given)) for place, why in found]
         places = [place for place, why in found if why is None]
-        before = _outputs(lite.net, batches) if places else []
-        nodes = [place for place in places if isinstance(place, Node)]
-        given = {} if rule.EXACT else samples.take(lite.net, batches, nodes)
+        if places:
+            earlier = copy.deepcopy(lite.net)
         surgeon = Surgeon(lite.net, seen, given, lite.log, lite.wanted, fit=fit)
         errors = [rule.rewrite(surgeon, place) for place in places]
-        after = _outputs(lite.net, batches) if places else []
+        apart = _apart(earlier, lite.net, batches, exact=rule.EXACT) if places else 0.0
     except FORWARD_FAULTS as error:
         raise SurgeryError(f"the rule '{name}' fails: {one_line(error, 160)}") from error
     lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
@@ -180,36 +208,86 @@ def _apply(
         SiteReport(name, _said(place), None, error)
         for place, error in zip(places, errors, strict=True)
     )
-    difference = _difference(before, after)
-    if not math.isfinite(difference):
+    if not math.isfinite(apart):
         raise SurgeryError(
             f"after the rule '{name}' the network's outputs are of other shapes, or not finite"
         )
     if rule.EXACT and places:
-        lite.proven[name] = difference
-        if difference > TOLERANCE:
+        lite.proven[name] = apart
+        if apart > TOLERANCE:
             raise SurgeryError(
-                f"the rule '{name}' is to be exact and changes the outputs by {difference:.1e}"
+                f"the rule '{name}' is to be exact and changes the outputs by {apart:.1e}"
             )
+    return bool(places)
 
 
 def _said(place: Place) -> str:
     return place.place if isinstance(place, Node) else place
 
 
+def _unreached(place: Place, given: Samples) -> str | None:
+    """Why there is nothing to fit a place on: batches may be of fewer images than the example."""
+    missing = isinstance(place, Node) and place.number not in given
+    return "no calibration image reaches it" if missing else None
+
+
+def _apart(
+    earlier: nn.Module, net: nn.Module, batches: Sequence[ExampleInputs], *, exact: bool
+) -> float:
+    """`_difference` of the outputs of two networks.
+
+    Where an exact rule seems to change something, float64 tells: rounding grows from layer to
+    layer, and a detector takes boxes or leaves them by it.
+    """
+    before, after = (_outputs(one, batches) for one in (earlier, net))
+    difference = _difference(before, after, exact=exact)
+    if not exact or difference <= TOLERANCE:
+        return difference
+    wide = [map_inputs(batch, _widened) for batch in batches]
+    try:
+        before, after = (_outputs(copy.deepcopy(one).double(), wide) for one in (earlier, net))
+    except FORWARD_FAULTS:  # it asks for float32 somewhere
+        return difference
+    return _difference(before, after, exact=exact)
+
+
+def _widened(leaf: Any) -> Any:
+    """Floating point numbers as float64."""
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 @torch.no_grad()
-def _outputs(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
+def _outputs(net: nn.Module, batches: Iterable[ExampleInputs]) -> list[Tensor]:
     with evaluating(net):
-        results = [net(batch) for batch in batches]
-    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves([run(net, batch) for batch in batches])
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return [leaf.long() if leaf.dtype is torch.bool else leaf for leaf in tensors]
 
 
-def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
-        return float("inf")
-    largest = max((float(tensor.abs().max()) for tensor in before if tensor.numel()), default=0.0)
-    apart = max(
-        (float((b - a).abs().max()) for b, a in zip(before, after, strict=True) if b.numel()),
-        default=0.0,
-    )
-    return apart / max(largest, 1e-30)
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor], *, exact: bool) -> float:
+    """The largest difference of outputs, relative to the largest number in those of one kind.
+
+    A detector that is not to be the same may find more or fewer objects, which are along the first
+    axis; what it finds is then not compared.
+
+    Returns:
+        Infinite where the outputs are of other shapes, not a number where they are not finite.
+    """
+    kinds = [_kind(tensor) for tensor in before]
+    same = [b.shape == a.shape for b, a in zip(before, after, strict=False)]
+    if kinds != [_kind(tensor) for tensor in after] or (exact and not all(same)):
+        return math.inf
+    if not all(bool(tensor.isfinite().all()) for tensor in (*before, *after)):
+        return math.nan
+    largest: dict[object, float] = defaultdict(lambda: 1e-30)
+    apart: dict[object, float] = defaultdict(float)
+    for kind, b, a in zip(kinds, before, after, strict=True):
+        if b.shape == a.shape and b.numel():
+            largest[kind] = max(largest[kind], float(b.abs().max()))
+            apart[kind] = max(apart[kind], float((b - a).abs().max()))
+    return max((apart[kind] / largest[kind] for kind in apart), default=0.0)
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What boxes, scores and classes differ in, and the outputs of several batches do not."""
+    return tensor.ndim, tensor.shape[1:], tensor.dtype

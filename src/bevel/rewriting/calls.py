@@ -56,9 +56,36 @@ def first_of_them(them: Any, *_rest: Any, **_named: Any) -> Any:
     return them[0]
 
 
+def clip(x: Any, *_rest: Any, inplace: bool = False, **_named: Any) -> Any:
+    """x between 0 and 1."""
+    return F.hardtanh(x, 0.0, 1.0, inplace)
+
+
+def global_average(x: Any, *_rest: Any, keepdim: bool = False, **_named: Any) -> Any:
+    """The mean of each channel of (N, C, H, W): (N, C), or (N, C, 1, 1)."""
+    mean = F.adaptive_avg_pool2d(x, 1)
+    return mean if keepdim else mean.flatten(1)
+
+
+def global_average_kept(x: Any, *_rest: Any, **_named: Any) -> Any:
+    """The mean of each channel of (N, C, H, W): (N, C, 1, 1)."""
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+def interpolate_by_factors(x: Any, size: Any, *_rest: Any, mode: str = "nearest", **_: Any) -> Any:
+    """`interpolate` to a size that is a multiple of the input's, by these multiples."""
+    sizes = (size, size) if isinstance(size, int) else size
+    factors = [float(int(n) // int(m)) for n, m in zip(sizes, x.shape[2:], strict=True)]
+    return F.interpolate(x, scale_factor=factors, mode=mode)
+
+
 DIVERSIONS: dict[str, Callable[..., Any]] = {
+    "clip": clip,
     "first": first,
     "first of them": first_of_them,
+    "global average": global_average,
+    "global average kept": global_average_kept,
+    "interpolate by factors": interpolate_by_factors,
     "second": second,
     "relu": relu,
     "relu of second": relu_of_second,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,34 +11,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import DIVERSIONS, divert, function_named, watch
-
-
-class ChannelScale(nn.Module):
-    """Multiplies each channel by a number of its own: (N, C, ...) with a weight of (C,)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x times its channels' numbers."""
-        return x * self.weight.reshape(-1, *[1] * (x.ndim - 2))
-
-
-MODULES: Mapping[str, Callable[..., nn.Module]] = {
-    "AlphaDropout": nn.AlphaDropout,
-    "AvgPool2d": nn.AvgPool2d,
-    "ChannelScale": ChannelScale,
-    "Conv2d": nn.Conv2d,
-    "Dropout": nn.Dropout,
-    "Dropout1d": nn.Dropout1d,
-    "Dropout2d": nn.Dropout2d,
-    "Dropout3d": nn.Dropout3d,
-    "Identity": nn.Identity,
-    "MaxPool2d": nn.MaxPool2d,
-    "ReLU": nn.ReLU,
-}
-"""What a module can become; nothing else is made from a log."""
+from bevel.rewriting.modules import MODULES
 
 
 class _Action(BaseModel):
@@ -76,7 +49,19 @@ class AddBias(_Action):
     channels: int
 
 
-Action = Annotated[Replace | Divert | AddBias, Field(discriminator="action")]
+class Reparametrize(_Action):
+    """A block of several branches becomes one convolution by a method of its own, in place.
+
+    The methods have the names that timm and the authors of RepVGG gave them.
+    """
+
+    action: Literal["reparametrize"] = "reparametrize"
+    module: str
+    method: Literal["reparameterize", "switch_to_deploy"]
+
+
+AnyAction = Replace | Divert | AddBias | Reparametrize
+Action = Annotated[AnyAction, Field(discriminator="action")]
 
 
 class SurgeryLog(BaseModel):
@@ -87,7 +72,7 @@ class SurgeryLog(BaseModel):
     version: Literal[1] = 1
     actions: list[Action] = Field(default_factory=list)
 
-    def do(self, net: nn.Module, action: Replace | Divert | AddBias) -> None:
+    def do(self, net: nn.Module, action: AnyAction) -> None:
         """Do an action to a network, in place, and note it."""
         perform(net, action)
         self.actions.append(action)
@@ -104,7 +89,7 @@ def replay(net: nn.Module, log: SurgeryLog) -> nn.Module:
     return net
 
 
-def perform(net: nn.Module, action: Replace | Divert | AddBias) -> None:
+def perform(net: nn.Module, action: AnyAction) -> None:
     """Do one action to a network, in place.
 
     Raises:
@@ -123,6 +108,11 @@ def perform(net: nn.Module, action: Replace | Divert | AddBias) -> None:
                 f"no call becomes '{action.becomes}'; there are: {_names(DIVERSIONS)}"
             )
         divert(module, action.function, action.ordinal, action.becomes)
+    elif isinstance(action, Reparametrize):
+        method = getattr(module, action.method, None)
+        if method is None:
+            raise SurgeryError(f"'{action.module}' has no {action.method}: another network's log")
+        method()
     else:
         if getattr(module, "bias", None) is not None or not hasattr(module, "weight"):
             raise SurgeryError(f"'{action.module}' takes no new bias: another network's log")

@@ -13,7 +13,7 @@ al., "ThiNet", ICCV 2017.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
 from bevel.graph.record import decomposed
+from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Seen
 
 POSITIONS = 64
@@ -70,7 +71,10 @@ Affine = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def reconstruct(
-    net: nn.Module, original: nn.Module, images: Tensor, wanted: Mapping[str, Affine]
+    net: nn.Module,
+    original: nn.Module,
+    images: Tensor | list[Tensor],
+    wanted: Mapping[str, Affine],
 ) -> list[Refit]:
     """Fit the weights of convolutions and linear layers again, in place, in the order they run.
 
@@ -81,33 +85,54 @@ def reconstruct(
     Args:
         net: the changed network; its layers have the names that they have in the original.
         original: what it was made of.
-        images: (N, C, H, W), N of at least 2; more of them than fit into memory are left out.
+        images: (N, C, H, W), or a list of (C, H, W) as detectors take them, N of at least 2; more
+            of them than fit into memory are left out.
         wanted: by a layer's name, what it should give where that is not what it gave.
 
     Returns:
         The layers that drift reached, in order.
     """
-    seen = Seen.of(net, images[:1])
+    seen = Seen.of(net, (images[:1],))
     images = images[: _count(seen, images)]
+    fixed = _fixed(net)
     layers = {
         node.module: node.number
         for node in seen.calls((torch.conv2d, F.linear))
-        if seen.owner_of_weight(node) is not None
+        if (owner := seen.owner_of_weight(node)) is not None and id(owner.weight) not in fixed
     }
+    sources = {name: _source(net, name) for name in layers}
     before = _Noting()
-    _run(original, images, layers, before)
-    fitting = _Fitting(seen, before.outputs, wanted)
+    _run(original, images, sources.values(), before)
+    outputs = {
+        name: before.outputs[source] for name, source in sources.items() if source in before.outputs
+    }
+    fitting = _Fitting(seen, outputs, wanted)
     _run(net, images, layers, fitting)
     return fitting.done
 
 
-def _count(seen: Seen, images: Tensor) -> int:
+def _fixed(net: nn.Module) -> set[int]:
+    """Weights that stay while others are trained, such as the bins of YOLOv8's head."""
+    trained = any(parameter.requires_grad for parameter in net.parameters())
+    return {id(p) for p in net.parameters() if trained and not p.requires_grad}
+
+
+def _source(net: nn.Module, name: str) -> str:
+    """The layer of the original that gave what this one is to give."""
+    parent, _, own = name.rpartition(".")
+    last = own == "pointwise" and isinstance(net.get_submodule(parent), SeparableConv2d)
+    return parent if last else name
+
+
+def _count(seen: Seen, images: Tensor | list[Tensor]) -> int:
     """As many images as can be in memory at once, two at least."""
     largest = max((math.prod(value.shape) for value in seen.made()), default=1)
-    return max(min(len(images), ACTIVATION // (largest * images.itemsize)), 2)
+    return max(min(len(images), ACTIVATION // (largest * images[0].itemsize)), 2)
 
 
-def _run(net: nn.Module, images: Tensor, layers: Iterable[str], watcher: _Watcher) -> None:
+def _run(
+    net: nn.Module, images: Tensor | list[Tensor], layers: Iterable[str], watcher: _Watcher
+) -> None:
     with evaluating(net), decomposed(), _Layers(net, layers, watcher):
         net(images)
 
@@ -145,10 +170,9 @@ class _Layer:
         """Weights per output."""
         return math.prod(self.weight.shape[1:])
 
-    def places(self, y: Tensor) -> Tensor:
-        """Some places of an image of its output, the same whenever they are asked for."""
+    def places(self, y: Tensor, most: int) -> Tensor:
+        """Some places of an image of its output; fewer of them are the first of more."""
         count = math.prod(y.shape[2:]) if self.is_image else math.prod(y.shape[1:-1])
-        most = max(min(POSITIONS, ELEMENTS // (self.inputs * len(y))), 1)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         return order[:most].to(y.device)
 
@@ -215,7 +239,8 @@ class _Noting:
 
     def __call__(self, layer: _Layer, x: Tensor, run: Run) -> Tensor:
         y = run(x)
-        self.outputs[layer.name] = layer.at(y, layer.places(y))
+        if len(y):  # a detector may have proposed nothing
+            self.outputs[layer.name] = layer.at(y, layer.places(y, POSITIONS))
         return y
 
 
@@ -238,9 +263,15 @@ class _Fitting:
 
     def __call__(self, layer: _Layer, x: Tensor, run: Run) -> Tensor:
         y = run(x)
-        places, target = layer.places(y), self._target(layer.name)
-        found = layer.at(y, places)
-        if target is None or target.shape != found.shape:
+        if not len(y):
+            return y
+        most = max(min(POSITIONS, ELEMENTS // (layer.inputs * len(y))), 1)
+        places = layer.places(y, most)
+        found, target = layer.at(y, places), self._target(layer.name)
+        if target is None or len(target) != len(found) or target.shape[1] % len(y):
+            return y  # a detector's second stage may be given other places than in the original
+        target = target.reshape(len(found), len(y), -1)[..., : len(places)].flatten(1)
+        if target.shape != found.shape:
             return y
         missing, spread = target - found, max(_spread(target), 1e-30)
         if float(missing.square().sum()) < SAME * spread:
@@ -294,28 +325,36 @@ def _change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
     inputs = inputs - inputs.mean(2, keepdim=True)
     wanted = wanted - wanted.mean(2, keepdim=True)
     half = images // 2 * (missing.shape[1] // images)
-    (gram, cross), (gram2, cross2) = (
-        ((a @ a.transpose(1, 2)).double(), (b @ a.transpose(1, 2)).double())
-        for a, b in (
-            (inputs[..., :half], wanted[..., :half]),
-            (inputs[..., half:], wanted[..., half:]),
-        )
-    )
+    inputs2, wanted2 = inputs[..., half:], wanted[..., half:]
     best, chosen = 0.0, None
-    for stiffness in STIFFNESS:
-        change = _ridge(gram, cross, stiffness)
-        gain = float(2 * (change * cross2).sum() - ((change @ gram2) * change).sum())
+    for stiffness, change in _ridges(inputs[..., :half], wanted[..., :half], STIFFNESS):
+        left = wanted2 - change.to(inputs2) @ inputs2
+        gain = float(wanted2.double().square().sum() - left.double().square().sum())
         if gain > best:
             best, chosen = gain, stiffness
-    return None if chosen is None else _ridge(gram + gram2, cross + cross2, chosen)
+    return None if chosen is None else next(_ridges(inputs, wanted, (chosen,)))[1]
 
 
-def _ridge(gram: Tensor, cross: Tensor, stiffness: float) -> Tensor:
-    """(groups, outputs, weights) from (groups, weights, weights) and (groups, outputs, weights)."""
-    held = stiffness * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-9
-    held = gram + torch.diag_embed(held[:, None].expand(-1, gram.shape[1]))
-    solved: Tensor = torch.linalg.solve(held, cross.transpose(1, 2)).transpose(1, 2)
-    return solved
+def _ridges(
+    inputs: Tensor, wanted: Tensor, stiffnesses: Iterable[float]
+) -> Iterator[tuple[float, Tensor]]:
+    """Ridge regressions of `wanted` on `inputs`: with each stiffness (groups, outputs, weights).
+
+    In the space of weights or that of samples, whichever is smaller: the answer is the same.
+    """
+    few = inputs.shape[2] < inputs.shape[1]
+    turned = inputs.transpose(1, 2)
+    gram = (turned @ inputs if few else inputs @ turned).double()
+    cross = None if few else (wanted @ turned).double()
+    level = inputs.double().square().sum((1, 2)) / inputs.shape[1]
+    for stiffness in stiffnesses:
+        held = (stiffness * level + 1e-9)[:, None].expand(-1, gram.shape[1])
+        factor = torch.linalg.cholesky(gram + torch.diag_embed(held))
+        if cross is None:
+            change = torch.cholesky_solve(wanted.double().transpose(1, 2), factor)
+            yield stiffness, (inputs.double() @ change).transpose(1, 2)
+        else:
+            yield stiffness, torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
 
 
 def _spread(x: Tensor) -> float:

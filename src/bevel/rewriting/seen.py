@@ -157,6 +157,15 @@ class Seen:
             return None
         return self.owner_of_weight(maker)
 
+    def channel_axis(self, node: Node) -> int:
+        """Where the channels of a call's first tensor are: 1 as in images, or last."""
+        value = next(values_in(node.frame.arguments))
+        if len(value.shape) == 3 or node.function is F.layer_norm:
+            return len(value.shape) - 1
+        maker = self.maker(node.inputs[0])
+        last = maker is not None and maker.function in (F.linear, F.layer_norm)
+        return len(value.shape) - 1 if last else 1
+
     def made(self) -> Iterator[Value]:
         """Every tensor that a call returns."""
         return (value for node in self.nodes for value in values_in((node.frame.result,)))
@@ -189,3 +198,10 @@ LAYERS: dict[Function, int] = {
     torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, F.linear: 1, F.batch_norm: 3,
 }  # fmt: skip
 """Functions of layers whose channels have weights of their own -> position of the weight."""
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width, of a number that stands for both or of a pair."""
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])

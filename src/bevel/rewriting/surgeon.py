@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import name_of
-from bevel.rewriting.log import AddBias, Divert, Replace, SurgeryLog
+from bevel.rewriting.log import AddBias, Divert, Reparametrize, Replace, SurgeryLog
 from bevel.rewriting.reconstruction import Affine
 from bevel.rewriting.samples import Samples
 from bevel.rewriting.seen import Node, Ref, Seen
@@ -57,6 +57,12 @@ class Surgeon:
             Divert(module=node.module, function=name, ordinal=frame.ordinal, becomes=becomes),
         )
 
+    def reparametrize(
+        self, module: str, method: Literal["reparameterize", "switch_to_deploy"]
+    ) -> None:
+        """Have a block of several branches become one convolution, by its own method."""
+        self.log.do(self.net, Reparametrize(module=module, method=method))
+
     @torch.no_grad()
     def put_convolution(
         self, module: str, kernel: Tensor, *, stride: list[int], padding: list[int], groups: int = 1
@@ -64,7 +70,7 @@ class Surgeon:
         """Put a 2-d convolution with another kernel in place of one; its bias stays.
 
         Args:
-            module: a convolution without dilation.
+            module: a convolution; the new one is not dilated.
             kernel: (outputs, inputs of a group, height, width).
             stride: of height and width.
             padding: with zeros, of height and width.

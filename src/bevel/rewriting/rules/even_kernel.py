@@ -30,6 +30,8 @@ def check(seen: Seen, node: Node) -> str | None:
         return "it is a class of its own"
     if seen.owner_of_weight(node) is None:
         return "its weight is computed, or it runs several times"
+    if conv.stride == conv.kernel_size and max(conv.kernel_size) > 7:
+        return "it cuts the image into patches"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or set(conv.dilation) != {1}:
         return "it is dilated, or pads with other than a number of zeros"
     for size, side, step, pad in zip(

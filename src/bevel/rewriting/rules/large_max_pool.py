@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bevel.rewriting.seen import Node, Seen
+from bevel.rewriting.seen import Node, Seen, pair
 from bevel.rewriting.surgeon import Surgeon
 
 EXACT = True
@@ -17,7 +17,7 @@ EXACT = True
 def match(seen: Seen) -> Iterator[Node]:
     """Max pools that are larger than 3."""
     for node in seen.calls([F.max_pool2d, torch.max_pool2d]):
-        if max(_pair(node.frame.argument(1, "kernel_size"))) > 3:
+        if max(pair(node.frame.argument(1, "kernel_size"))) > 3:
             yield node
 
 
@@ -27,7 +27,7 @@ def check(seen: Seen, node: Node) -> str | None:
     if not isinstance(module, nn.MaxPool2d) or not seen.are_whole([node]):
         return "it is called as a function, not by an nn.MaxPool2d"
     (size, other), stride, padding, dilation = (
-        _pair(value)
+        pair(value)
         for value in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     if size != other or size % 2 == 0:
@@ -45,7 +45,7 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
     assert isinstance(module, nn.MaxPool2d)  # noqa: S101  # `check` saw that
     if not isinstance(surgeon.net.get_submodule(node.module), nn.MaxPool2d):
         return  # it runs several times and is done
-    size, padded = _pair(module.kernel_size)[0], _pair(module.padding)[0] > 0
+    size, padded = pair(module.kernel_size)[0], pair(module.padding)[0] > 0
     surgeon.replace(
         node.module,
         "MaxPool2d",
@@ -54,9 +54,3 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
         stride=1,
         padding=1 if padded else 0,
     )
-
-
-def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])
