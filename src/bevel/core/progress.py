@@ -6,7 +6,7 @@ shown. With no reporter the loop runs silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
@@ -43,7 +43,9 @@ def reporting(reporter: Reporter) -> Iterator[None]:
         _reporter.reset(token)
 
 
-def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], label: str, total: int | None = None
+) -> Generator[Item, None, None]:
     """Yield the items while reporting how many of `total` are done."""
     reporter = _reporter.get()
     if reporter is None:

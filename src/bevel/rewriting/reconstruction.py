@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
+from bevel.core.progress import track
 from bevel.graph.record import decomposed
 from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Seen
@@ -106,8 +108,9 @@ def reconstruct(
     outputs = {
         name: before.outputs[source] for name, source in sources.items() if source in before.outputs
     }
-    fitting = _Fitting(seen, outputs, wanted)
-    _run(net, images, layers, fitting)
+    with closing(track(layers, "fitting layers", len(layers))) as progress:
+        fitting = _Fitting(seen, outputs, wanted, progress)
+        _run(net, images, layers, fitting)
     return fitting.done
 
 
@@ -251,12 +254,17 @@ class _Fitting:
         seen: the changed network.
         outputs: what the layers gave, from `_Noting`.
         wanted: what they should give of that.
+        progress: goes on by one with each layer.
     """
 
     def __init__(
-        self, seen: Seen, outputs: Mapping[str, Tensor], wanted: Mapping[str, Affine]
+        self,
+        seen: Seen,
+        outputs: Mapping[str, Tensor],
+        wanted: Mapping[str, Affine],
+        progress: Iterator[str],
     ) -> None:
-        self.outputs, self.wanted = outputs, wanted
+        self.outputs, self.wanted, self.progress = outputs, wanted, progress
         self.done: list[Refit] = []
         behind = ((node.module, seen.norm_behind(node)) for node in seen.nodes)
         self.norms = {name: seen.modules[norm.module] for name, norm in behind if norm is not None}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bevel.rewriting.convolutions import convolution, convolutions, why_fixed
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Node, Seen
@@ -24,24 +25,16 @@ EXACT = False
 
 def match(seen: Seen) -> Iterator[Node]:
     """2-d convolutions of several channels that are larger than 1x1 and not grouped."""
-    for node in seen.calls([torch.conv2d]):
-        conv = seen.modules.get(node.module)
-        if not isinstance(conv, nn.Conv2d) or conv.kernel_size == (1, 1):
-            continue
-        if conv.groups == 1 and conv.in_channels > 1:
+    for node, conv in convolutions(seen):
+        if conv.kernel_size != (1, 1) and conv.groups == 1 and conv.in_channels > 1:
             yield node
 
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv = seen.modules[node.module]
-    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `match` saw that
-    if type(conv) is not nn.Conv2d or not seen.are_whole([node]):
-        return "it is a class of its own"
-    if seen.owner_of_weight(node) is None:
-        return "its weight is computed, or it runs several times"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "it pads with other than a number of zeros"
+    conv, why = convolution(seen, node), why_fixed(seen, node)
+    if why is not None:
+        return why
     if conv.out_channels < conv.kernel_size[0] * conv.kernel_size[1]:
         return "it makes so few channels that nothing is saved"
     return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
+from bevel.rewriting.convolutions import convolution, convolutions, is_dilated, padding, why_fixed
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
@@ -16,22 +16,14 @@ LARGEST = 7
 
 def match(seen: Seen) -> Iterator[Node]:
     """2-d convolutions with a dilation."""
-    for node in seen.calls([torch.conv2d]):
-        conv = seen.modules.get(node.module)
-        if isinstance(conv, nn.Conv2d) and set(conv.dilation) != {1}:
-            yield node
+    return (node for node, conv in convolutions(seen) if is_dilated(conv))
 
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv = seen.modules[node.module]
-    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `match` saw that
-    if type(conv) is not nn.Conv2d or not seen.are_whole([node]):
-        return "it is a class of its own"
-    if seen.owner_of_weight(node) is None:
-        return "its weight is computed, or it runs several times"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "it pads with other than a number of zeros"
+    conv, why = convolution(seen, node), why_fixed(seen, node)
+    if why is not None:
+        return why
     if max(_sizes(conv)) > LARGEST:
         return f"without dilation its kernel would be of size {max(_sizes(conv))}"
     return None
@@ -47,7 +39,7 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
         node.module,
         kernel,
         stride=list(conv.stride),
-        padding=[int(pad) for pad in conv.padding],
+        padding=list(padding(conv)),
         groups=conv.groups,
     )
 

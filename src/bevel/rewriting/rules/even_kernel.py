@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn import functional
 
+from bevel.rewriting.convolutions import convolution, convolutions, is_dilated, padding, why_fixed
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
@@ -16,26 +16,22 @@ EXACT = True
 
 def match(seen: Seen) -> Iterator[Node]:
     """2-d convolutions with an even size, other than 1 by something."""
-    for node in seen.calls([torch.conv2d]):
-        conv = seen.modules.get(node.module)
-        if isinstance(conv, nn.Conv2d) and any(size % 2 == 0 for size in conv.kernel_size):
+    for node, conv in convolutions(seen):
+        if any(size % 2 == 0 for size in conv.kernel_size):
             yield node
 
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv = seen.modules[node.module]
-    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `match` saw that
-    if type(conv) is not nn.Conv2d or not seen.are_whole([node]):
-        return "it is a class of its own"
-    if seen.owner_of_weight(node) is None:
-        return "its weight is computed, or it runs several times"
+    conv, why = convolution(seen, node), why_fixed(seen, node)
+    if why is not None:
+        return why
+    if is_dilated(conv):
+        return "it is dilated"
     if conv.stride == conv.kernel_size and max(conv.kernel_size) > 7:
         return "it cuts the image into patches"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or set(conv.dilation) != {1}:
-        return "it is dilated, or pads with other than a number of zeros"
     for size, side, step, pad in zip(
-        conv.kernel_size, _sides(node), conv.stride, conv.padding, strict=True
+        conv.kernel_size, _sides(node), conv.stride, padding(conv), strict=True
     ):
         if size % 2 == 0 and (side + 2 * pad - size) % step == step - 1:
             return f"on {side} pixels one more place of the larger kernel would fit"
@@ -51,7 +47,7 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
         node.module,
         functional.pad(conv.weight.detach(), (more[1], 0, more[0], 0)),
         stride=list(conv.stride),
-        padding=[pad + extra for pad, extra in zip(map(int, conv.padding), more, strict=True)],
+        padding=[pad + extra for pad, extra in zip(padding(conv), more, strict=True)],
         groups=conv.groups,
     )
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
+from bevel.rewriting.convolutions import convolution, convolutions, is_dilated, padding, why_fixed
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -21,27 +21,21 @@ LARGEST = 7
 
 def match(seen: Seen) -> Iterator[Node]:
     """2-d convolutions of a size above 7 in either direction that are not one patch each."""
-    for node in seen.calls([torch.conv2d]):
-        conv = seen.modules.get(node.module)
-        if isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > LARGEST:
-            yield node
+    return (node for node, conv in convolutions(seen) if max(conv.kernel_size) > LARGEST)
 
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv = seen.modules[node.module]
-    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # `match` saw that
-    if type(conv) is not nn.Conv2d or not seen.are_whole([node]):
-        return "it is a class of its own"
-    if seen.owner_of_weight(node) is None:
-        return "its weight is computed, or it runs several times"
+    conv, why = convolution(seen, node), why_fixed(seen, node)
+    if why is not None:
+        return why
+    if is_dilated(conv):
+        return "it is dilated"
     if conv.stride == conv.kernel_size:
         return "it cuts the image into patches"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or set(conv.dilation) != {1}:
-        return "it is dilated, or pads with other than a number of zeros"
     if any(size > LARGEST and size % 2 == 0 for size in conv.kernel_size):
         return "its size is even: even_kernel makes it odd"
-    if any(pad < cut for pad, cut in zip(conv.padding, _cuts(conv), strict=True)):
+    if any(pad < cut for pad, cut in zip(padding(conv), _cuts(conv), strict=True)):
         return "it pads less than what would be cut off"
     return None
 
@@ -58,7 +52,7 @@ def rewrite(surgeon: Surgeon, node: Node) -> Error:
         node.module,
         middle.clone(),
         stride=list(conv.stride),
-        padding=[int(conv.padding[0]) - down, int(conv.padding[1]) - right],
+        padding=[padding(conv)[0] - down, padding(conv)[1] - right],
         groups=conv.groups,
     )
     return Error(error, error)
