@@ -358,3 +358,19 @@ def test_the_naive_swap_is_what_fitting_is_compared_with():
     assert all(site.error.fitted == site.error.naive for site in naive.sites)
     wanted = run(net, x)
     assert (run(fitted.net, x) - wanted).norm() < (run(naive.net, x) - wanted).norm()
+
+
+def test_a_child_that_somebody_else_puts_there_keeps_its_own_calls():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.inner(x))
+
+    lite = surgery(Block(), images(2), rules=["silu"]).net
+    lite.inner = nn.SiLU()
+    x = images(2, seed=1)
+    assert torch.equal(run(lite, x), F.relu(F.silu(x)))
+    assert torch.equal(run(copy.deepcopy(lite), x), F.relu(F.silu(x)))

@@ -147,6 +147,8 @@ class Diverted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with some calls replaced."""
         self.children_running.value = 0
+        for child in self.children():
+            watch(self, child)
         with _Diverting(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # the module's
 
@@ -177,10 +179,16 @@ def divert(module: nn.Module, function: str, ordinal: int, becomes: str) -> None
 
 
 def watch(module: nn.Module, child: nn.Module) -> None:
-    """Let a diverted module know when a child's forward runs, whose calls are not its own."""
-    if isinstance(module, Diverted):
-        child.register_forward_pre_hook(module.children_running.enter)
-        child.register_forward_hook(module.children_running.leave, always_call=True)
+    """Let a diverted module know when a child's forward runs, whose calls are not its own.
+
+    Once is enough; a child may have been put there by somebody who does not know of this.
+    """
+    if not isinstance(module, Diverted):
+        return
+    running = module.children_running
+    if not any(getattr(h, "__self__", None) is running for h in child._forward_pre_hooks.values()):
+        child.register_forward_pre_hook(running.enter)
+        child.register_forward_hook(running.leave, always_call=True)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
