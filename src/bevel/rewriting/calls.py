@@ -147,8 +147,9 @@ class Diverted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with some calls replaced."""
         self.children_running.value = 0
-        for child in self.children():
-            watch(self, child)
+        module: Any = self
+        for child in module.children():
+            watch(module, child)
         with _Diverting(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # the module's
 
