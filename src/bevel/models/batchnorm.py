@@ -127,14 +127,25 @@ class _Moments:
 
 def _unfold(norm: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
     """Take these statistics, and weights with which it computes what it did."""
+    scale, shift = affine(norm)
     assert norm.running_mean is not None  # noqa: S101  # it is folded
     assert norm.running_var is not None  # noqa: S101
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    shift = norm.bias.double() - scale * norm.running_mean.double()
     norm.weight.copy_(scale * (variance + norm.eps).sqrt())
     norm.bias.copy_(scale * mean + shift)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
+
+
+@torch.no_grad()
+def affine(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift that a batch norm with running statistics is in eval mode: (C,) float64."""
+    assert norm.running_mean is not None  # noqa: S101  # it has them
+    assert norm.running_var is not None  # noqa: S101
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def _is_folded(norm: _BatchNorm) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bevel.models.batchnorm import affine
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
@@ -37,16 +37,7 @@ def rewrite(surgeon: Surgeon, node: Node) -> None:
     """gamma (y - mean) / sqrt(var + eps) + beta, taken into the layer that makes y."""
     norm = surgeon.net.get_submodule(node.module)
     assert isinstance(norm, _BatchNorm)  # noqa: S101  # `check` saw that
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor)  # noqa: S101
-    assert isinstance(variance, Tensor)  # noqa: S101
-    scale = torch.rsqrt(variance.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    surgeon.scale_output(node, scale, shift)
+    surgeon.scale_output(node, *affine(norm))
     if type(norm) in PLAIN:
         surgeon.replace(node.module, "Identity")
     else:  # a class of its own may do more, such as an activation
