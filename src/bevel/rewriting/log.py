@@ -49,15 +49,16 @@ class AddBias(_Action):
     channels: int
 
 
-class Reparametrize(_Action):
-    """A block of several branches becomes one convolution by a method of its own, in place.
+Method = Literal["reparameterize", "switch_to_deploy"]
+"""How timm and the authors of RepVGG call what makes one convolution of a block of branches."""
 
-    The methods have the names that timm and the authors of RepVGG gave them.
-    """
+
+class Reparametrize(_Action):
+    """A block of several branches becomes one convolution by a method of its own, in place."""
 
     action: Literal["reparametrize"] = "reparametrize"
     module: str
-    method: Literal["reparameterize", "switch_to_deploy"]
+    method: Method
 
 
 AnyAction = Replace | Divert | AddBias | Reparametrize

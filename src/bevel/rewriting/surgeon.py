@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import name_of
-from bevel.rewriting.log import AddBias, Divert, Reparametrize, Replace, SurgeryLog
+from bevel.rewriting.log import AddBias, Divert, Method, Reparametrize, Replace, SurgeryLog
 from bevel.rewriting.reconstruction import Affine
 from bevel.rewriting.samples import Samples
 from bevel.rewriting.seen import Node, Ref, Seen
@@ -57,9 +57,7 @@ class Surgeon:
             Divert(module=node.module, function=name, ordinal=frame.ordinal, becomes=becomes),
         )
 
-    def reparametrize(
-        self, module: str, method: Literal["reparameterize", "switch_to_deploy"]
-    ) -> None:
+    def reparametrize(self, module: str, method: Method) -> None:
         """Have a block of several branches become one convolution, by its own method."""
         self.log.do(self.net, Reparametrize(module=module, method=method))
 

@@ -6,14 +6,14 @@ Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from bevel.rewriting.log import Method
 from bevel.rewriting.rule import Place
 from bevel.rewriting.seen import Seen
 from bevel.rewriting.surgeon import Surgeon
 
 EXACT = True
-Method = Literal["reparameterize", "switch_to_deploy"]
 DONE = ("reparam_conv", "rbr_reparam")
 """What a block has when it is one convolution."""
 
