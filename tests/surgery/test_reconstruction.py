@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bevel
+from bevel.core.errors import SurgeryError
 from bevel.core.modes import evaluating
+from bevel.core.progress import reporting
 from bevel.rewriting.reconstruction import reconstruct
 
 
@@ -132,3 +134,49 @@ def test_a_layer_that_is_too_wide_or_pads_otherwise_is_left():
         ("0", False),
         ("2", True),
     ]
+
+
+class Steps:
+    """Notes what is reported of progress."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int | None] = {}
+        self.done: dict[str, int] = {}
+
+    def start(self, label, total):
+        self.totals[label] = total
+        return lambda done: self.done.update({label: done})
+
+    def finish(self, label):
+        assert label in self.totals
+
+    def note(self, message):
+        raise AssertionError(message)
+
+
+def test_progress_goes_on_with_each_layer():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 4, 1))
+    steps = Steps()
+    with reporting(steps):
+        reconstruct(copy.deepcopy(original), original, images(4), {})
+    assert steps.totals == {"fitting layers": 3}
+    assert steps.done["fitting layers"] >= 2  # the last is done when the pass is
+
+
+class Batches(nn.Sequential):
+    """A network that takes one image or four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 4:
+            raise ValueError("at most four images")
+        return super().forward(x)
+
+
+def test_a_network_that_takes_no_large_batch_is_one_clear_line():
+    net = Batches(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 1))
+    batches = images(8).split(4)
+    with pytest.raises(SurgeryError, match=r"cannot be fitted on 8 images at once.*fit=False"):
+        bevel.surgery(net, batches[0], rules=["hardswish"], calibration=batches)
+    lite = bevel.surgery(net, batches[0], rules=["hardswish"], calibration=batches, fit=False)
+    assert isinstance(lite.net[1], nn.ReLU)

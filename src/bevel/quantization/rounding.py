@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from bevel.core.progress import note, track
+from bevel.graph.patches import patches, some_places
 from bevel.quantization.annotate import aten
 from bevel.quantization.simulation import FakeQuantize, Simulation, fake_quantize
 from bevel.quantization.weights import put, taken
@@ -49,7 +49,7 @@ def learn_rounding(prepared: GraphModule, batches: Iterable[tuple[Tensor, ...]])
         The number of layers.
     """
     layers = {
-        node.name: source for node in prepared.graph.nodes if (source := _observed_weight(node))
+        node.name: found for node in prepared.graph.nodes if (found := _observed_weight(node))
     }
     simulation = Simulation(prepared)
     simulation.quantize_only(())
@@ -57,11 +57,10 @@ def learn_rounding(prepared: GraphModule, batches: Iterable[tuple[Tensor, ...]])
     for inputs in batches:
         grams.run(*inputs)
     for name, gram in track(grams.found.items(), "rounding", len(grams.found)):
-        observer = prepared.get_submodule(str(_only_observer(layers[name]).target))
-        rounding = fake_quantize(observer)
+        source, observer = layers[name]
+        rounding = fake_quantize(prepared.get_submodule(str(observer.target)))
         if isinstance(rounding, FakeQuantize):
-            weight = taken(prepared, layers[name])
-            put(prepared, layers[name], round_together(weight, rounding, gram))
+            put(prepared, source, round_together(taken(prepared, source), rounding, gram))
     note(f"learned the rounding of {len(grams.found)} layers")
     return len(grams.found)
 
@@ -144,29 +143,22 @@ def _read(arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return x.reshape(-1, weight.shape[1]).T[None].float()
     given = dict(enumerate(arguments))
     stride, padding, dilation = (
-        given.get(place, value) for place, value in ((3, 1), (4, 0), (5, 1))
+        given.get(place, [value]) for place, value in ((3, 1), (4, 0), (5, 1))
     )
-    count = math.prod(output.shape[2:])
-    places = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS]
-    laid = [
-        F.unfold(image[None].float(), weight.shape[2:], dilation, padding, stride)[0][:, places]
-        for image in x
-    ]
-    groups = x.shape[1] // weight.shape[1]
-    return torch.stack(laid, 1).reshape(groups, math.prod(weight.shape[1:]), -1)
+    places = some_places(math.prod(output.shape[2:]), POSITIONS)
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
+    return patches(x.float(), weight, places, output.shape[3], **how)
 
 
-def _observed_weight(node: Node) -> Node | None:
-    """The stored tensor that is a layer's weight, used by it alone and rounded to integers."""
+def _observed_weight(node: Node) -> tuple[Node, Node] | None:
+    """The stored tensor that is a layer's weight and its observer, both used by it alone."""
     if node.op != "call_function" or node.target not in (aten.conv2d.default, aten.linear.default):
         return None
     observer = node.args[1]
     if not isinstance(observer, Node) or observer.op != "call_module":
         return None
     source = observer.args[0]
-    alone = isinstance(source, Node) and source.op == "get_attr" and len(source.users) == 1
-    return source if alone and len(observer.users) == 1 else None  # type: ignore[return-value]
-
-
-def _only_observer(source: Node) -> Node:
-    return next(iter(source.users))
+    if not isinstance(source, Node) or source.op != "get_attr":
+        return None
+    alone = len(source.users) == 1 and len(observer.users) == 1
+    return (source, observer) if alone else None

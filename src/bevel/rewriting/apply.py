@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,16 +122,43 @@ def surgery(
     wanted = chosen(rules)
     batches = list(calibration) or [example]
     lite = Lite(copy.deepcopy(net), SurgeryLog())
-    seen: Seen | None = None
+    now = _State(lite.net, example, batches)
     for rule in wanted:
         name, loaded = _loaded(rule)
-        seen = seen or Seen.of(lite.net, example)
-        if _apply(name, loaded, lite, seen, batches, fit=fit):
-            seen = None
+        now = _apply(name, loaded, lite, now, fit=fit)
     images, inexact = joined(batches), any(site.error is not None for site in lite.sites)
     if fit and inexact and images is not None and len(images) > 1:
-        lite.refits.extend(reconstruct(lite.net, net, images, lite.wanted))
+        try:
+            lite.refits.extend(reconstruct(lite.net, net, images, lite.wanted))
+        except FORWARD_FAULTS as error:
+            raise SurgeryError(
+                f"the lite network's layers cannot be fitted on {len(images)} images at once: "
+                f"{one_line(error, 160)}; in Python fit=False leaves it out"
+            ) from error
     return lite
+
+
+class _State:
+    """What is known of a network as it is now; each is found out once, if it is asked for."""
+
+    def __init__(
+        self, net: nn.Module, example: ExampleInputs, batches: Sequence[ExampleInputs]
+    ) -> None:
+        self.net, self.example, self.batches = net, example, batches
+
+    @cached_property
+    def seen(self) -> Seen:
+        """Its calls."""
+        return Seen.of(self.net, self.example)
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """What it gives on the batches."""
+        return _outputs(self.net, self.batches)
+
+    def changed(self) -> _State:
+        """Nothing, now that the network is another."""
+        return _State(self.net, self.example, self.batches)
 
 
 def chosen(rules: str | Sequence[str | Rule]) -> Sequence[str | Rule]:
@@ -182,25 +210,28 @@ def _apply(
     name: str,
     rule: Rule,
     lite: Lite,
-    seen: Seen,
-    batches: Sequence[ExampleInputs],
+    now: _State,
     *,
     fit: bool,
-) -> bool:
-    """Rewrite what a rule matches; whether there was something."""
-    earlier = lite.net
+) -> _State:
+    """Rewrite what a rule matches; the state afterwards."""
+    seen, apart, later = now.seen, 0.0, now
     try:
         found = [(place, rule.check(seen, place)) for place in rule.match(seen)]
         nodes = [place for place, why in found if why is None and isinstance(place, Node)]
-        given = samples.take(lite.net, batches, seen, nodes) if nodes and not rule.EXACT else {}
+        given = samples.take(lite.net, now.batches, seen, nodes) if nodes and not rule.EXACT else {}
         if not rule.EXACT:
             found = [(place, why or _unreached(place, given)) for place, why in found]
         places = [place for place, why in found if why is None]
-        if places:
-            earlier = copy.deepcopy(lite.net)
+        before = now.outputs if places else []
+        earlier = copy.deepcopy(lite.net) if places and rule.EXACT else None
         surgeon = Surgeon(lite.net, seen, given, lite.log, lite.wanted, fit=fit)
         errors = [rule.rewrite(surgeon, place) for place in places]
-        apart = _apart(earlier, lite.net, batches, exact=rule.EXACT) if places else 0.0
+        if places:
+            later = now.changed()
+            apart = _difference(before, later.outputs, exact=rule.EXACT)
+            if earlier is not None and not apart <= TOLERANCE:
+                apart = _apart_in_float64(earlier, later, otherwise=apart)
     except FORWARD_FAULTS as error:
         raise SurgeryError(f"the rule '{name}' fails: {one_line(error, 160)}") from error
     lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
@@ -218,7 +249,7 @@ def _apply(
             raise SurgeryError(
                 f"the rule '{name}' is to be exact and changes the outputs by {apart:.1e}"
             )
-    return bool(places)
+    return later
 
 
 def _said(place: Place) -> str:
@@ -231,24 +262,20 @@ def _unreached(place: Place, given: Samples) -> str | None:
     return "no calibration image reaches it" if missing else None
 
 
-def _apart(
-    earlier: nn.Module, net: nn.Module, batches: Sequence[ExampleInputs], *, exact: bool
-) -> float:
-    """`_difference` of the outputs of two networks.
+def _apart_in_float64(earlier: nn.Module, later: _State, *, otherwise: float) -> float:
+    """How far an exact rule has changed the outputs, where in float32 it seems to have.
 
-    Where an exact rule seems to change something, float64 tells: rounding grows from layer to
-    layer, and a detector takes boxes or leaves them by it.
+    Rounding grows from layer to layer, and a detector takes boxes or leaves them by it.
+    `otherwise`: what float32 says, for networks that ask for it somewhere.
     """
-    before, after = (_outputs(one, batches) for one in (earlier, net))
-    difference = _difference(before, after, exact=exact)
-    if not exact or difference <= TOLERANCE:
-        return difference
-    wide = [map_inputs(batch, _widened) for batch in batches]
+    wide = [map_inputs(batch, _widened) for batch in later.batches]
     try:
-        before, after = (_outputs(copy.deepcopy(one).double(), wide) for one in (earlier, net))
+        before, after = (
+            _outputs(copy.deepcopy(net).double(), wide) for net in (earlier, later.net)
+        )
     except FORWARD_FAULTS:  # it asks for float32 somewhere
-        return difference
-    return _difference(before, after, exact=exact)
+        return otherwise
+    return _difference(before, after, exact=True)
 
 
 def _widened(leaf: Any) -> Any:

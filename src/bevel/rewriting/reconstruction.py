@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
+from bevel.graph.patches import patches, some_places
 from bevel.graph.record import decomposed
 from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Seen
@@ -176,8 +177,7 @@ class _Layer:
     def places(self, y: Tensor, most: int) -> Tensor:
         """Some places of an image of its output; fewer of them are the first of more."""
         count = math.prod(y.shape[2:]) if self.is_image else math.prod(y.shape[1:-1])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        return order[:most].to(y.device)
+        return some_places(count, most).to(y.device)
 
     def at(self, y: Tensor, places: Tensor) -> Tensor:
         """(images, channels, height, width) or (images, ..., channels) to (channels, samples)."""
@@ -194,18 +194,8 @@ class _Layer:
             return self.at(x, places)[None]
         if conv is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
-        (down, right), (step_down, step_right) = conv.padding, conv.stride
-        x = F.pad(x, (right, right, down, down))
-        rows = places // y.shape[3] * step_down
-        columns = places % y.shape[3] * step_right
-        taps = [
-            x[:, :, rows + i * conv.dilation[0], columns + j * conv.dilation[1]]
-            for i in range(conv.kernel_size[0])
-            for j in range(conv.kernel_size[1])
-        ]
-        laid = torch.stack(taps, 2)  # (images, channels, taps, places)
-        grouped = laid.reshape(len(x), conv.groups, -1, len(places))
-        return grouped.permute(1, 2, 0, 3).flatten(2)
+        how = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        return patches(x, self.weight, places, y.shape[3], **how)
 
 
 class _Watcher(Protocol):
@@ -270,6 +260,7 @@ class _Fitting:
         self.norms = {name: seen.modules[norm.module] for name, norm in behind if norm is not None}
 
     def __call__(self, layer: _Layer, x: Tensor, run: Run) -> Tensor:
+        next(self.progress, None)
         y = run(x)
         if not len(y):
             return y
@@ -334,13 +325,14 @@ def _change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
     wanted = wanted - wanted.mean(2, keepdim=True)
     half = images // 2 * (missing.shape[1] // images)
     inputs2, wanted2 = inputs[..., half:], wanted[..., half:]
-    best, chosen = 0.0, None
+    best = 0.0
+    chosen: tuple[float, ...] = ()
     for stiffness, change in _ridges(inputs[..., :half], wanted[..., :half], STIFFNESS):
         left = wanted2 - change.to(inputs2) @ inputs2
         gain = float(wanted2.double().square().sum() - left.double().square().sum())
         if gain > best:
-            best, chosen = gain, stiffness
-    return None if chosen is None else next(_ridges(inputs, wanted, (chosen,)))[1]
+            best, chosen = gain, (stiffness,)
+    return next((change for _, change in _ridges(inputs, wanted, chosen)), None)
 
 
 def _ridges(
@@ -357,7 +349,9 @@ def _ridges(
     level = inputs.double().square().sum((1, 2)) / inputs.shape[1]
     for stiffness in stiffnesses:
         held = (stiffness * level + 1e-9)[:, None].expand(-1, gram.shape[1])
-        factor = torch.linalg.cholesky(gram + torch.diag_embed(held))
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(held))
+        if failed.any():  # held too loosely for what rounding has left of the sums
+            continue
         if cross is None:
             change = torch.cholesky_solve(wanted.double().transpose(1, 2), factor)
             yield stiffness, (inputs.double() @ change).transpose(1, 2)

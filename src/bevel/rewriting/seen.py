@@ -198,10 +198,3 @@ LAYERS: dict[Function, int] = {
     torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, F.linear: 1, F.batch_norm: 3,
 }  # fmt: skip
 """Functions of layers whose channels have weights of their own -> position of the weight."""
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """Height and width, of a number that stands for both or of a pair."""
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])

@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevel.rewriting.seen import Node, Seen, pair
+from bevel.graph.patches import pair
+from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
 EXACT = True
 MEANS = (torch.mean, Tensor.mean)
-POOLS = (F.avg_pool2d, torch._C._nn.avg_pool2d)
 
 
 def match(seen: Seen) -> Iterator[Node]:
     """Means of (N, C, H, W) over H and W, and average pools as large as what they pool."""
-    for node in seen.calls((*MEANS, *POOLS)):
+    for node in seen.calls((*MEANS, F.avg_pool2d)):
         shape = node.frame.arguments[0].shape
         if len(shape) != 4:
             continue
-        if node.function in POOLS:
+        if node.function is F.avg_pool2d:
             if pair(node.frame.argument(1, "kernel_size")) == shape[2:]:
                 yield node
             continue
@@ -33,7 +33,7 @@ def match(seen: Seen) -> Iterator[Node]:
 
 def check(seen: Seen, node: Node) -> str | None:  # noqa: ARG001
     """Why a place cannot be rewritten."""
-    if node.function in POOLS:
+    if node.function is F.avg_pool2d:
         padding = node.frame.argument(3, "padding")
         if padding is not None and pair(padding) != (0, 0):
             return "it pads"
@@ -48,5 +48,5 @@ def check(seen: Seen, node: Node) -> str | None:  # noqa: ARG001
 
 def rewrite(surgeon: Surgeon, node: Node) -> None:
     """Call the operator for it."""
-    kept = node.function in POOLS
+    kept = node.function is F.avg_pool2d
     surgeon.divert(node, "global average kept" if kept else "global average")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bevel.rewriting.seen import Node, Seen, pair
+from bevel.graph.patches import pair
+from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
 EXACT = True
@@ -16,7 +16,7 @@ EXACT = True
 
 def match(seen: Seen) -> Iterator[Node]:
     """Average pools that are larger than 3 and smaller than what they pool."""
-    for node in seen.calls([F.avg_pool2d, torch._C._nn.avg_pool2d]):
+    for node in seen.calls([F.avg_pool2d]):
         size = pair(node.frame.argument(1, "kernel_size"))
         if max(size) > 3 and size != node.frame.arguments[0].shape[2:]:
             yield node

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bevel.rewriting.seen import Node, Seen, pair
+from bevel.graph.patches import pair
+from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
 EXACT = True

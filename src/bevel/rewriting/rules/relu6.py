@@ -20,10 +20,7 @@ check, rewrite = _RULE.check, _RULE.rewrite
 def match(seen: Seen) -> Iterator[Node]:
     """Calls that cut below 0 and above 6."""
     for node in _RULE.match(seen):
-        low, high = (
-            node.frame.argument(1, "min_val"), node.frame.argument(2, "max_val")
-        ) if node.function is F.hardtanh else (
-            node.frame.argument(1, "min"), node.frame.argument(2, "max")
-        )  # fmt: skip
-        if node.function is F.relu6 or (low, high) == (0, 6):
+        ends = ("min_val", "max_val") if node.function is F.hardtanh else ("min", "max")
+        cut = tuple(node.frame.argument(place, end) for place, end in enumerate(ends, 1))
+        if node.function is F.relu6 or cut == (0, 6):
             yield node
