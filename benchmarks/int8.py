@@ -2,6 +2,7 @@
 
     python benchmarks/int8.py --out benchmarks/results/int8.json --docs docs/int8.md
     python benchmarks/int8.py --out benchmarks/results/int8.json --resume    # goes on where it was
+    python benchmarks/int8.py --out benchmarks/results/int8.json --again --runtimes openvino
     python benchmarks/int8.py --table benchmarks/results/int8.json > docs/int8.md
 
 Each network, as it is and pruned to 50 % of its MACs (batch norms recalibrated, no fine-tuning),
@@ -10,7 +11,8 @@ quantizer; some networks also with the layers in float that keep their answers. 
 network are timed in turn in one process: one thread, one image.
 `--shared FOLDER` holds checkpoints and images (see int8_networks.py), `--data FOLDER` any images;
 without them weights and images are random. `--only REGEX` picks networks, `--runtimes REGEX`
-runtimes. Results are written after each network and hold no path of the machine.
+runtimes; with `--again` they are measured once more and the other files stay. Results are written
+after each network and hold no path of the machine.
 """
 
 from __future__ import annotations
@@ -291,11 +293,13 @@ def run_all(given: argparse.Namespace, work_folder: Path) -> Entry:
     results = _opened(given)
     for network in NETWORKS:
         done = {entry["name"]: entry for entry in results["networks"]}
-        if not re.search(given.only, network.name) or "files" in done.get(network.name, {}):
+        before = done.get(network.name, {})
+        if not re.search(given.only, network.name) or ("files" in before and not given.again):
             continue
         start = time.perf_counter()
-        done[network.name] = run_network(network, given, work_folder)
-        done[network.name]["seconds"] = round(time.perf_counter() - start)
+        entry = run_network(network, given, work_folder)
+        entry["seconds"] = round(time.perf_counter() - start)
+        done[network.name] = _merged(before, entry) if "files" in before else entry
         results["networks"] = [done[n.name] for n in NETWORKS if n.name in done]
         results["finished"] = _now()
         write_json(given.out, results)
@@ -305,9 +309,23 @@ def run_all(given: argparse.Namespace, work_folder: Path) -> Entry:
     return results
 
 
+def _merged(before: Entry, again: Entry) -> Entry:
+    """What was measured before, with what was measured again in the place of the same files."""
+    if "files" not in again:
+        raise SystemExit(f"{again['name']}: {again['crash']}; the results stay as they were")
+    anew = sorted({file["runtime"] for file in again["files"] + again["failed"]})
+    merged = dict(before)
+    for part in ("files", "failed"):
+        merged[part] = [f for f in before[part] if f["runtime"] not in anew] + again[part]
+    if "kept" in before:
+        merged["kept"] = before["kept"] | again.get("kept", {})
+    merged["again"] = before.get("again", {}) | dict.fromkeys(anew, _now())
+    return merged
+
+
 def _opened(given: argparse.Namespace) -> Entry:
     """The results to go on with, or fresh ones that say where and how they are made."""
-    if given.resume and given.out.exists():
+    if (given.resume or given.again) and given.out.exists():
         results: Entry = json.loads(given.out.read_text(encoding="utf-8"))
         if results["versions"] != _versions():
             raise SystemExit(
@@ -370,6 +388,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, help="write the page there as well")
     parser.add_argument("--table", type=Path, help="only print the page of these results")
     parser.add_argument("--resume", action="store_true", help="keep what --out holds and go on")
+    parser.add_argument(
+        "--again", action="store_true", help="measure once more and keep what --out holds besides"
+    )
     parser.add_argument("--only", default=".", help="regular expression for networks")
     parser.add_argument("--runtimes", default=".", help="regular expression for runtimes")
     parser.add_argument("--shared", type=Path, help="folder with checkpoints and images")

@@ -135,7 +135,7 @@ def page(results: Entry) -> str:
             [_network(entry) for entry in results["networks"] if "files" in entry],
         ),
         "## How it was measured",
-        bullets(_methods(results)),
+        bullets([*_methods(results), *_again(results)]),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -151,6 +151,13 @@ def _busy(results: Entry) -> Iterator[str]:
             f"({one_line('; '.join(kinds), 240)}). Ratios of files that were timed in turn are "
             "worth more than the times themselves."
         )
+
+
+def _again(results: Entry) -> Iterator[str]:
+    """Which rows are of another run than the others."""
+    for entry in results["networks"]:
+        for runtime, when in entry.get("again", {}).items():
+            yield f"{entry['name']} on {runtime}: measured again on {when[:10]}."
 
 
 def _summary(found: Sequence[Case]) -> Iterator[str]:

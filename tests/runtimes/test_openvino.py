@@ -162,6 +162,33 @@ def test_unpacked_file_is_what_openvinos_own_tools_read(net, int8, tmp_path):
         assert trace not in text
 
 
+@pytest.mark.parametrize(("side", "merged"), [(8, False), (80, True)])
+def test_a_large_sum_is_merged_with_its_convolution(tmp_path, side, merged):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1) for _ in "abc")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.stem(x))
+            return torch.relu(x + self.second(torch.relu(self.first(x)))).mean((2, 3))
+
+    x = torch.randn(2, 16, side, side, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "block.zip"
+    bevel.export(
+        Block().eval(), x, runtime="openvino", precision="int8", calibration=[x], path=path
+    )
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    network = openvino.Core().read_model(tmp_path / "model.xml")
+    rounded = {
+        op.input_value(0).get_node().get_type_name()
+        for op in network.get_ops()
+        if op.get_type_name() == "FakeQuantize"
+    }
+    assert ("Convolution" in rounded or "Add" in rounded) is merged, rounded
+
+
 def test_other_types_and_shapes_are_refused(int8):
     session = runtime.open_session(Path(int8.path), 1)
     image = images(1, 0).numpy()

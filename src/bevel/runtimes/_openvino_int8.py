@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ aten = torch.ops.aten
 
 SUMS = ARITHMETIC[:2]
 POOLS = (aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim)
+
+IN_CACHE = 2**16
+"""Numbers of one image up to which a sum of floats costs less than one more rounding.
+
+Measured on x86 (1 thread, float against integer summand): ResNet-56, at most 2^14 numbers, 1.14
+times as fast; ResNet-50, at least 2^17 but in its last stage, 0.86 times.
+"""
 
 TORCH = "torchao PT2E: uint8 activations per tensor ({observer}), int8 weights per channel"
 NATIVE = "nncf.quantize: int8 or uint8 activations per tensor, int8 weights per channel"
@@ -103,9 +111,13 @@ def _read_in_integers(node: Node, wanted: bool) -> list[Node]:
 
 
 def _beside_accumulator(node: Node, summands: Sequence[Node]) -> list[Node]:
-    """The summands but one that a convolution can add to before it rounds: the last such."""
+    """The summands but one that a convolution can add to before it rounds: the last such.
+
+    OpenVINO merges a sum with its convolution only where both summands are integers. A float
+    summand goes through memory, which is cheap while it stays in the core's cache.
+    """
     inside = [item for item in summands if item.target in WEIGHTED and set(item.users) == {node}]
-    if not inside:
+    if not inside or math.prod(node.meta["val"].shape[1:]) > IN_CACHE:
         return list(summands)
     order = {item: number for number, item in enumerate(node.graph.nodes)}
     last = max(inside, key=order.__getitem__)
