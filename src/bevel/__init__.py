@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bevel.measurement.bench import measure
     from bevel.measurement.doctor import diagnose
     from bevel.models import build as build_model
+    from bevel.models.fading import fade, settle
     from bevel.packaging import package
     from bevel.pipeline import explain, run
     from bevel.pruning.apply import load_pruned, prune, save_pruned
@@ -45,6 +46,7 @@ __all__ = [
     "diagnose",
     "explain",
     "export",
+    "fade",
     "finetune",
     "load_data",
     "load_pruned",
@@ -57,6 +59,7 @@ __all__ = [
     "report",
     "run",
     "save_pruned",
+    "settle",
     "surgery",
     "surgery_rule",
     "verify_pruning",
@@ -74,6 +77,7 @@ _HOMES = {
     "diagnose": "bevel.measurement.doctor",
     "explain": "bevel.pipeline",
     "export": "bevel.runtimes",
+    "fade": "bevel.models.fading",
     "finetune": "bevel.finetuning.train",
     "load_data": "bevel.data:load",
     "load_pruned": "bevel.pruning.apply",
@@ -86,6 +90,7 @@ _HOMES = {
     "report": "bevel.reporting",
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",
+    "settle": "bevel.models.fading",
     "surgery": "bevel.rewriting.apply",
     "surgery_rule": "bevel.rewriting.rule:rule",
     "verify_pruning": "bevel.pruning.verify",

@@ -13,6 +13,7 @@ from bevel.core.recipe import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.optimizer import averaged, learning_rate, sgd
 from bevel.finetuning.state import digest
+from bevel.models.fading import Fading
 
 
 def test_it_learns_and_leaves_the_input_alone(data, net, snapshot):
@@ -47,6 +48,25 @@ def test_small_jobs_take_the_plain_way_without_measuring(data, net):
 def test_precision_is_pinned(data, net):
     execution = finetune(net, data, TrainStep(epochs=1, precision="bfloat16")).execution
     assert execution["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_what_fades_is_relu_after_half_of_the_steps(data, ema):
+    torch.manual_seed(0)
+    net = nn.Sequential(tiny_net(), Fading("silu"))
+    shares: list[float] = []
+
+    def note(module: nn.Module, _given: object) -> None:  # of the copy that learns
+        if module.training:
+            shares.append(float(module.share))
+
+    net[1].register_forward_pre_hook(note)
+    trained = finetune(net, data, TrainStep(epochs=4, lr=0.01, fade=0.5, ema=ema))
+    steps = len(shares) // 4
+    rising = [(number + 1) / (2 * steps) for number in range(2 * steps)]
+    assert shares[-4 * steps :] == pytest.approx([*rising, *[1.0] * (2 * steps)])
+    assert type(trained.net[1]) is nn.ReLU
+    assert float(net[1].share) == 0
 
 
 def test_distillation_pulls_towards_the_teacher(data):

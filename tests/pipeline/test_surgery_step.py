@@ -11,6 +11,8 @@ import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 from bevel.models import build
+from bevel.models.fading import fades
+from bevel.testing.plugin import assert_readable
 
 NET = """
 import torch
@@ -81,3 +83,24 @@ def test_surgery_comes_before_pruning(recipe):
     steps = [{"prune": {"ratio": 0.2}}, {"surgery": {}}]
     with pytest.raises(RecipeError, match="surgery comes before"):
         recipes.validate({**recipe, "steps": steps})
+
+
+def test_progressive_surgery_ends_in_relu(recipe, tmp_path):
+    steps = [
+        {"surgery": {"rules": ["silu"], "progressive": True}},
+        {"finetune": {"epochs": 2, **PLAIN}},
+    ]
+    folder = tmp_path / "run"
+    bevel.run(recipes.validate(recipe | {"steps": steps}), out=folder)
+    between = bevel.load_pruned(
+        lambda: build(recipe["model"]["name"]), folder / "steps/01-surgery/model.safetensors"
+    )
+    assert fades(between)
+    result = bevel.load_pruned(
+        lambda: build(recipe["model"]["name"]), folder / "compressed.safetensors"
+    )
+    assert not fades(result)
+    assert isinstance(result.first[2], torch.nn.ReLU)
+    with pytest.raises(RecipeError, match="finetune step") as caught:
+        recipes.validate(recipe | {"steps": steps[:1]})
+    assert_readable(caught.value)

@@ -16,6 +16,7 @@ from torchvision import models
 import bevel
 from bevel.core.errors import SurgeryError, UnknownNameError
 from bevel.graph.program import export_program
+from bevel.models.fading import Fading, fade, fades, settle
 from bevel.rewriting.apply import surgery
 from bevel.rewriting.log import Divert, Replace, SurgeryLog, replay
 from bevel.testing.plugin import assert_readable
@@ -358,6 +359,35 @@ def test_the_naive_swap_is_what_fitting_is_compared_with():
     assert all(site.error.fitted == site.error.naive for site in naive.sites)
     wanted = run(net, x)
     assert (run(fitted.net, x) - wanted).norm() < (run(naive.net, x) - wanted).norm()
+
+
+def test_progressive_surgery_changes_no_answer_until_training_does():
+    torch.manual_seed(0)
+    tanh = nn.GELU(approximate="tanh")  # a setting of its own: fitted at once
+    net = nn.Sequential(ByHand(), nn.Hardswish()).eval()
+    x = images(4, 16)
+    lite = surgery(net, x, rules=["silu", "hardswish"], progressive=True)
+    assert [site.error and site.error.fitted for site in lite.sites] == [0, 0, 0, 0]
+    assert sum(isinstance(module, Fading) for module in lite.net.modules()) == 4
+    torch.testing.assert_close(run(lite.net, x), run(net, x))
+    other = surgery(nn.Sequential(nn.Conv2d(3, 8, 1), tanh).eval(), x, progressive=True)
+    assert not fades(other.net)
+
+    fade(lite.net, 0.5)
+    again = replay(copy.deepcopy(net), lite.log)
+    again.load_state_dict(lite.net.state_dict())
+    torch.testing.assert_close(run(again, x), run(lite.net, x), rtol=0, atol=0)
+    assert lite.log.settled(again) == lite.log
+    fade(again, 1)
+    swapped = surgery(net, x, rules=["silu", "hardswish"], fit=False)
+    torch.testing.assert_close(run(again, x), run(swapped.net, x))
+    settle(again)
+    assert not fades(again)
+    torch.testing.assert_close(run(again, x), run(swapped.net, x))
+    fresh = replay(copy.deepcopy(net), lite.log.settled(again))
+    fresh.load_state_dict(again.state_dict())
+    torch.testing.assert_close(run(fresh, x), run(again, x), rtol=0, atol=0)
+    assert operators(fresh, x)["relu"] == 5
 
 
 def test_a_child_that_somebody_else_puts_there_keeps_its_own_calls():

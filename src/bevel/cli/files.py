@@ -327,7 +327,7 @@ def finetune(
             network.plan,
             out,
             model=network.description(),
-            surgery=network.surgery,
+            surgery=network.surgery and network.surgery.settled(trained.net),
         )
     top1 = trained.history[-1]["validation_top1"]
     if json:

@@ -40,6 +40,12 @@ def surgery(
             "list rules); auto: those of lite that save time on --target."
         ),
     ] = "lite",
+    progressive: Annotated[
+        bool,
+        typer.Option(
+            "--progressive", help="Let bevel finetune turn activation functions into ReLU."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
@@ -77,7 +83,7 @@ def surgery(
         )
         if network.plan is not None and network.plan.tensors:
             raise RecipeError(f"{model} is pruned already; surgery comes before pruning")
-        lite, used, found = _operate(network, rules, place, source)
+        lite, used, found = _operate(network, rules, place, source, progressive)
         written: dict[str, Any] = {}
         if out is not None and not dry_run:
             networks.save_lite(network, lite, out)
@@ -97,7 +103,11 @@ def surgery(
 
 
 def _operate(
-    network: networks.Network, rules: str, place: Target | None, source: Recipe | None
+    network: networks.Network,
+    rules: str,
+    place: Target | None,
+    source: Recipe | None,
+    progressive: bool,
 ) -> tuple[Lite, list[str], list[Payoff]]:
     """Measure the rules where a target is given, and apply them.
 
@@ -119,7 +129,9 @@ def _operate(
     if place is not None:
         found = payoffs(network.net, example, place, rules=wanted, calibration=images)
         wanted = worthwhile(found) if rules == "auto" else wanted
-    lite = bevel.surgery(network.net, example, rules=wanted, calibration=images)
+    lite = bevel.surgery(
+        network.net, example, rules=wanted, calibration=images, progressive=progressive
+    )
     return lite, [rule_name(rule) for rule in wanted], found
 
 

@@ -127,6 +127,13 @@ class TrainStep(Section):
     compile: Literal["auto", "never"] = Field(
         default="auto", description="auto: torch.compile where it pays for its compile time"
     )
+    fade: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="after progressive surgery: share of the steps in which activation functions "
+        "turn into ReLU",
+    )
 
 
 class FinetuneStep(TrainStep):
@@ -213,6 +220,10 @@ class SurgeryStep(Section):
     rules: str | list[str] = Field(
         default="lite",
         description="a set (exact, lite, tidl), or rules in order; see: bevel list rules",
+    )
+    progressive: bool = Field(
+        default=False,
+        description="activation functions turn into ReLU in the finetune step that follows",
     )
 
 
@@ -341,6 +352,19 @@ class Recipe(Section):
         verbs = [step.verb for step in self.steps]
         if "prune" in verbs and "surgery" in verbs[verbs.index("prune") :]:
             raise ValueError("surgery comes before the first prune step")
+        return self
+
+    @model_validator(mode="after")
+    def training_to_fade_in(self) -> Recipe:
+        """What fades is a ReLU only after training."""
+        fading = False
+        for step in self.steps:
+            if fading and step.verb == "qat":
+                break
+            fading = fading and step.verb not in ("train", "finetune")
+            fading = fading or (step.surgery is not None and step.surgery.progressive)
+        if fading:
+            raise ValueError("after progressive surgery there has to be a finetune step")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper
 from bevel.models.batchnorm import folded, unfold
+from bevel.models.fading import fade, fades, settle
 
 FROZEN_SHARE = 1 / 3
 """Of all steps, the last that run with `freeze`."""
@@ -94,6 +95,7 @@ def finetune(
 
     Batch norms that a checkpoint has folded get statistics again before the first step, so that
     training starts from the function that the network is (`bevel.models.batchnorm.unfold`).
+    Activation functions that progressive surgery left turn into ReLUs (`bevel.models.fading`).
 
     Args:
         net: gives logits of shape (N, classes) for images (N, C, H, W).
@@ -160,6 +162,7 @@ class _Loop:
         self.stepper, self.choice = self._stepper(net, teacher, batch)
         self._prepare()
         decay = settings.ema
+        self.fading = fades(net)
         self.average = averaged(self.stepper.net, decay) if decay is not None else None
         self.history: list[dict[str, Any]] = []
 
@@ -176,6 +179,7 @@ class _Loop:
             self.accelerator.wait_for_everyone()
         net = copy.deepcopy(self._result()).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.accelerator.free_memory()
+        settle(net)
         return Trained(net.eval(), self.history, self.choice.record())
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -192,6 +196,7 @@ class _Loop:
         for number, (images, labels) in enumerate(batches):
             rate = self._set_rate(epoch * self.steps + number)
             self._freeze(epoch * self.steps + number, first=number == 0)
+            self._fade(epoch * self.steps + number)
             if len(images) < 2 <= self.batch_size:
                 continue  # a batch norm has no variance from a left-over single image
             total += self.stepper.step(images, labels)
@@ -241,6 +246,13 @@ class _Loop:
         begin = math.ceil(self.settings.epochs * self.steps * (1 - FROZEN_SHARE))
         if self.freeze is not None and (step == begin or (first and step > begin)):
             self.freeze(self.stepper.net)
+
+    def _fade(self, step: int) -> None:
+        """Bring activation functions that fade nearer to ReLU, evenly from step to step."""
+        if self.fading:
+            last = self.settings.fade * self.steps * self.settings.epochs
+            for net in (self.stepper.net, self._result()):
+                fade(net, min(1.0, (step + 1) / max(last, 1)))
 
     def _batches(self, epoch: int) -> Batches:
         """This process's share of the epoch's training batches."""

@@ -159,7 +159,7 @@ class Flow:
             "validation_top1": trained.history[-1]["validation_top1"],
             "execution": trained.execution,
         }
-        return replace(model, net=trained.net), numbers
+        return replace(model, net=trained.net, surgery=model.surgery.settled(trained.net)), numbers
 
     def _train_for_int8(
         self, name: str, model: Model, settings: QatStep, original: Model
@@ -183,7 +183,13 @@ class Flow:
 
     def _operate(self, model: Model, settings: SurgeryStep) -> tuple[Model, Numbers]:
         images = [batch for batch, _ in self._calibration()]
-        lite = surgery(model.net, self.example, rules=settings.rules, calibration=images)
+        lite = surgery(
+            model.net,
+            self.example,
+            rules=settings.rules,
+            calibration=images,
+            progressive=settings.progressive,
+        )
         plan = make_plan(analyze(lite.net, self.example), {})
         before = self._validate(model.net)
         recalibrate(lite.net, images)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bevel.graph.record import Value
+from bevel.models.fading import FUNCTIONS, Fading
 from bevel.rewriting.fitting import Error, by_channel, fit_relu, relative_error
 from bevel.rewriting.seen import Function, Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -25,7 +26,8 @@ class ToRelu:
     """The rule that an activation function becomes a ReLU, as close as the layers around it allow.
 
     The layer before takes a scale and a shift per channel, the layers behind an offset: what the
-    function has below zero, a ReLU does not.
+    function has below zero, a ReLU does not. Or it becomes something that training turns into a
+    ReLU (`models.fading`), if that is asked for; then nothing has to be fitted.
 
     Attributes:
         function: what is replaced, as modules and forwards call it.
@@ -58,6 +60,10 @@ class ToRelu:
         x = by_channel(surgeon.samples[node.number][position])
         y = self._values(x, node, gate, surgeon.net)
         naive = fitted = relative_error(torch.relu(x), y)
+        name = self.function.__name__
+        if surgeon.progressive and name in FUNCTIONS and torch.equal(FUNCTIONS[name](x), y):
+            self._fade(surgeon, node, gate, position)
+            return Error(naive, 0.0)
         calls = (node,) if gate is None else (gate, node)
         if surgeon.fit and seen.layer_before(*calls) is not None:
             readers = surgeon.readers(node.outputs[0])
@@ -75,6 +81,20 @@ class ToRelu:
             # It is one already where a module runs several times.
             surgeon.replace(node.module, "ReLU", inplace=node.overwrites)
         return Error(naive, fitted)
+
+    def _fade(self, surgeon: Surgeon, node: Node, gate: Node | None, position: int) -> None:
+        """Make it what turns into a ReLU later."""
+        name, seen = self.function.__name__, surgeon.seen
+        if gate is None and seen.are_whole([node]):
+            if not isinstance(surgeon.net.get_submodule(node.module), Fading):
+                surgeon.replace(node.module, "Fading", function=name)
+            return
+        owner = surgeon.net.get_submodule(node.module)
+        child = f"fading_{sum(isinstance(each, Fading) for each in owner.children())}"
+        surgeon.replace(f"{node.module}.{child}".lstrip("."), "Fading", function=name)
+        if gate is not None:
+            surgeon.divert(gate, "first")
+        surgeon.divert(node, f"module:{child}" if position == 0 else f"module of second:{child}")
 
     def _gate(self, seen: Seen, node: Node) -> Node | None:
         """The call of the gate where the node is a product written by hand."""

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -101,6 +101,7 @@ def surgery(
     rules: str | Sequence[str | Rule] = "lite",
     calibration: Iterable[ExampleInputs] = (),
     fit: bool = True,
+    progressive: bool = False,
 ) -> Lite:
     """Rewrite a copy of a network by rules; the original is not touched.
 
@@ -113,6 +114,9 @@ def surgery(
         calibration: batches of images like those it will see, each given as the example is, for
             what is fitted; without them the example is all there is.
         fit: fit what is not exact; without it the cheap layer is put in place as it is.
+        progressive: let activation functions stay what they are for now and turn into ReLUs while
+            the network is trained: `finetune` does so, `bevel.fade` and `bevel.settle` are for
+            training scripts of your own.
 
     Raises:
         UnknownNameError: there is no such rule or set.
@@ -125,7 +129,7 @@ def surgery(
     now = _State(lite.net, example, batches)
     for rule in wanted:
         name, loaded = _loaded(rule)
-        now = _apply(name, loaded, lite, now, fit=fit)
+        now = _apply(name, loaded, lite, now, _How(fit, progressive))
     images, inexact = joined(batches), any(site.error is not None for site in lite.sites)
     if fit and inexact and images is not None and len(images) > 1:
         try:
@@ -136,6 +140,14 @@ def surgery(
                 f"{one_line(error, 160)}; in Python fit=False leaves it out"
             ) from error
     return lite
+
+
+@dataclass(frozen=True)
+class _How:
+    """What rules are told: see `surgery`."""
+
+    fit: bool
+    progressive: bool
 
 
 class _State:
@@ -211,8 +223,7 @@ def _apply(
     rule: Rule,
     lite: Lite,
     now: _State,
-    *,
-    fit: bool,
+    how: _How,
 ) -> _State:
     """Rewrite what a rule matches; the state afterwards."""
     seen, apart, later = now.seen, 0.0, now
@@ -225,7 +236,7 @@ def _apply(
         places = [place for place, why in found if why is None]
         before = now.outputs if places else []
         earlier = copy.deepcopy(lite.net) if places and rule.EXACT else None
-        surgeon = Surgeon(lite.net, seen, given, lite.log, lite.wanted, fit=fit)
+        surgeon = Surgeon(lite.net, seen, given, lite.log, lite.wanted, **asdict(how))
         errors = [rule.rewrite(surgeon, place) for place in places]
         if places:
             later = now.changed()

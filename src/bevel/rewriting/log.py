@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
+from bevel.models.fading import fades
 from bevel.rewriting.calls import DIVERSIONS, divert, function_named, watch
 from bevel.rewriting.modules import MODULES
 
@@ -77,6 +78,18 @@ class SurgeryLog(BaseModel):
         """Do an action to a network, in place, and note it."""
         perform(net, action)
         self.actions.append(action)
+
+    def settled(self, net: nn.Module) -> SurgeryLog:
+        """The log of a network after training: what faded in it is a ReLU now."""
+        if fades(net):
+            return self
+        actions = [
+            action.model_copy(update={"by": "ReLU", "arguments": {}})
+            if isinstance(action, Replace) and action.by == "Fading"
+            else action
+            for action in self.actions
+        ]
+        return SurgeryLog(actions=actions)
 
 
 def replay(net: nn.Module, log: SurgeryLog) -> nn.Module:

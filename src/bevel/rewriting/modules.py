@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bevel.models.fading import Fading
+
 
 class ChannelScale(nn.Module):
     """Multiplies each channel by a number of its own: (N, C, ...) with a weight of (C,)."""
@@ -58,6 +60,7 @@ MODULES: Mapping[str, Callable[..., nn.Module]] = {
     "Dropout1d": nn.Dropout1d,
     "Dropout2d": nn.Dropout2d,
     "Dropout3d": nn.Dropout3d,
+    "Fading": Fading,
     "Identity": nn.Identity,
     "MaxPool2d": nn.MaxPool2d,
     "ReLU": nn.ReLU,

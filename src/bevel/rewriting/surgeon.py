@@ -27,6 +27,7 @@ class Surgeon:
         wanted: what layers give now of what they gave in the original, where that is not the same;
             by rules before it too.
         fit: whether cheap layers are fitted to the dear ones; without that they only replace them.
+        progressive: whether activation functions are to become ReLUs in training only.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Surgeon:
         wanted: dict[str, Affine],
         *,
         fit: bool = True,
+        progressive: bool = False,
     ) -> None:
         self.net, self.seen, self.samples, self.log = net, seen, samples, log
-        self.wanted, self.fit = wanted, fit
+        self.wanted, self.fit, self.progressive = wanted, fit, progressive
 
     def replace(self, module: str, by: str, *, repeat: int = 1, **arguments: Any) -> None:
         """Put another module in place of one; see `log.MODULES`."""
