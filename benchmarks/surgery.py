@@ -1,9 +1,10 @@
-"""MobileNetV3-Small on Caltech-101: the original, the naive lite and the fitted lite network.
+"""MobileNetV3-Small on Caltech-101: the original, and lite networks made in three ways.
 
     python benchmarks/surgery.py --shared FOLDER --out benchmarks/results/surgery.json --work DIR
 
-All three start from the same ImageNet weights and the same new head, and are trained in the same
-way; the lite ones are operated on before. Then each is exported in float32 and int8 for every
+All start from the same ImageNet weights and the same new head, and are trained in the same way; the
+lite ones are operated on before: naively, with what bevel fits, and progressively, where activation
+functions turn into ReLU in the first half of the same training. Then each is exported in float32 and int8 for every
 runtime that is installed, all files are timed in turn (one thread, one image), and run over the
 test images. `--work` keeps what is finished: the same command goes on where it was. Test images are
 looked at once, at the end. The JSON holds no path of the machine.
@@ -42,7 +43,7 @@ HEAD = "classifier."
 CLASSES = 101
 SIZE = 112
 CALIBRATION = 256
-VARIANTS = ("original", "naive", "lite")
+VARIANTS = ("original", "naive", "lite", "progressive")
 PACKAGES = ("bevel", "torch", "timm", "onnxruntime", "openvino", "ai-edge-litert", "executorch")
 
 
@@ -63,7 +64,14 @@ def variant(name: str, net: nn.Module, data: Data) -> nn.Module:
     images = [batch for batch, _ in data.batches("train", limit=CALIBRATION)]
     unfold(net, images)  # this checkpoint's batch norms are folded, and would not survive a step
     if name != "original":
-        net = bevel.surgery(net, images[0][:2], calibration=images, fit=name == "lite").net
+        lite = bevel.surgery(
+            net,
+            images[0][:2],
+            calibration=images,
+            fit=name != "naive",
+            progressive=name == "progressive",
+        )
+        net = lite.net
         recalibrate(net, images)
     return net
 
@@ -98,6 +106,7 @@ def files(seed: int, data: Data, given: argparse.Namespace) -> list[dict[str, An
         subjects = []
         for name in VARIANTS:
             net = variant(name, start(given.shared, seed), data).eval()
+            bevel.settle(net)
             state = given.work / f"{name}-{seed}-{given.epochs}" / "weights.pt"
             net.load_state_dict(torch.load(state, weights_only=True))
             for runtime in _runtimes():

@@ -89,6 +89,14 @@ class PruningPlan(Record):
                 f"{source} is not a pruning plan: {where} {one_line(first['msg'])}"
             ) from error
 
+    def outputs(self) -> dict[str, np.ndarray]:
+        """By the name of a layer that lost output channels, the indices of those that are left."""
+        return {
+            name.removesuffix(".weight"): indices(cut.keep[0])
+            for name, cut in self.tensors.items()
+            if name.endswith(".weight") and isinstance(cut.keep.get(0), str)
+        }
+
     def then(self, later: PruningPlan) -> PruningPlan:
         """The plan on the original network that equals this one followed by `later`.
 

@@ -77,7 +77,8 @@ def reconstruct(
     net: nn.Module,
     original: nn.Module,
     images: Tensor | list[Tensor],
-    wanted: Mapping[str, Affine],
+    wanted: Mapping[str, Affine] | None = None,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> list[Refit]:
     """Fit the weights of convolutions and linear layers again, in place, in the order they run.
 
@@ -91,6 +92,8 @@ def reconstruct(
         images: (N, C, H, W), or a list of (C, H, W) as detectors take them, N of at least 2; more
             of them than fit into memory are left out.
         wanted: by a layer's name, what it should give where that is not what it gave.
+        kept: by a layer's name, which of its output channels are left (indices), where not all are:
+            `PruningPlan.outputs`.
 
     Returns:
         The layers that drift reached, in order.
@@ -109,8 +112,9 @@ def reconstruct(
     outputs = {
         name: before.outputs[source] for name, source in sources.items() if source in before.outputs
     }
+    outputs |= {name: outputs[name][left] for name, left in (kept or {}).items() if name in outputs}
     with closing(track(layers, "fitting layers", len(layers))) as progress:
-        fitting = _Fitting(seen, outputs, wanted, progress)
+        fitting = _Fitting(seen, outputs, wanted or {}, progress)
         _run(net, images, layers, fitting)
     return fitting.done
 
