@@ -4,10 +4,10 @@
 
 All start from the same ImageNet weights and the same new head, and are trained in the same way; the
 lite ones are operated on before: naively, with what bevel fits, and progressively, where activation
-functions turn into ReLU in the first half of the same training. Then each is exported in float32 and int8 for every
-runtime that is installed, all files are timed in turn (one thread, one image), and run over the
-test images. `--work` keeps what is finished: the same command goes on where it was. Test images are
-looked at once, at the end. The JSON holds no path of the machine.
+functions turn into ReLU in the first half of the same training. Then each is exported in float32
+and int8 for every runtime that is installed, all files are timed in turn (one thread, one image),
+and run over the test images. `--work` keeps what is finished: the same command goes on where it
+was. Test images are looked at once, at the end. The JSON holds no path of the machine.
 """
 
 from __future__ import annotations

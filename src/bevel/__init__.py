@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bevel.pruning.verify import verify_pruning
     from bevel.reporting import report
     from bevel.rewriting.apply import surgery
+    from bevel.rewriting.reconstruction import reconstruct
     from bevel.rewriting.rule import rule as surgery_rule
     from bevel.runtimes import export
 
@@ -55,6 +56,7 @@ __all__ = [
     "package",
     "plan_pruning",
     "prune",
+    "reconstruct",
     "register_resizer",
     "report",
     "run",
@@ -86,6 +88,7 @@ _HOMES = {
     "package": "bevel.packaging",
     "plan_pruning": "bevel.pruning.planning",
     "prune": "bevel.pruning.apply",
+    "reconstruct": "bevel.rewriting.reconstruction",
     "register_resizer": "bevel.graph.attributes",
     "report": "bevel.reporting",
     "run": "bevel.pipeline",

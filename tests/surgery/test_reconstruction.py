@@ -13,6 +13,7 @@ import bevel
 from bevel.core.errors import SurgeryError
 from bevel.core.modes import evaluating
 from bevel.core.progress import reporting
+from bevel.models.batchnorm import recalibrate
 from bevel.rewriting.reconstruction import reconstruct
 
 
@@ -180,3 +181,26 @@ def test_a_network_that_takes_no_large_batch_is_one_clear_line():
         bevel.surgery(net, batches[0], rules=["hardswish"], calibration=batches)
     lite = bevel.surgery(net, batches[0], rules=["hardswish"], calibration=batches, fit=False)
     assert isinstance(lite.net[1], nn.ReLU)
+
+
+@pytest.mark.parametrize("name", ["bevel:resnet20", "timm:mobilenetv3_small_050"])
+def test_what_is_left_of_a_pruned_network_gives_what_it_gave(name):
+    torch.manual_seed(0)
+    original = bevel.build_model(name).eval()
+    x, unseen = images(96), images(16, seed=1)
+    recalibrate(original, [x])
+    plan = bevel.plan_pruning(original, x[:2], criterion="random", budget={"macs": 0.7}, align=4)
+    plain, mended = (bevel.prune(original, plan) for _ in range(2))
+    recalibrate(plain, [x])
+    refits = bevel.reconstruct(mended, original, x, kept=plan.outputs())
+    assert sum(refit.after for refit in refits) < 0.8 * sum(refit.before for refit in refits)
+    assert error(mended, original, unseen) < 0.5 * error(plain, original, unseen)
+
+
+def test_a_plan_says_which_outputs_are_left():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    plan = bevel.plan_pruning(net, images(2), ratio=0.5, align=1)
+    left = plan.outputs()
+    pruned = bevel.prune(net, plan)
+    assert set(left) == {"0", "1"}
+    assert torch.equal(pruned[0].weight, net[0].weight[torch.tensor(left["0"])])

@@ -196,6 +196,10 @@ class PruneStep(Section):
     ignore: list[str] = Field(
         default_factory=list, description="module names (globs) whose channels all stay"
     )
+    reconstruct: bool = Field(
+        default=True,
+        description="fit what is left of each layer to what it gave before, on calibration images",
+    )
 
     @field_validator("align", mode="before")
     @classmethod

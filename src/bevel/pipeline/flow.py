@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bevel.core import plugins
+from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
 from bevel.core.progress import note
 from bevel.core.recipe import PruneStep, QatStep, Recipe, SurgeryStep, Target, TrainStep
 from bevel.core.records import Artifact, Measurement
@@ -36,6 +37,7 @@ from bevel.pruning.planning import LabelledBatches, plan_pruning
 from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
+from bevel.rewriting.reconstruction import Refit, reconstruct
 from bevel.runtimes import channel_step, export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
@@ -216,7 +218,7 @@ class Flow:
             model.net, pruned, plan, self.example, images=[batch for batch, _ in images]
         )
         before = self._validate(model.net)
-        recalibrate(pruned, [batch for batch, _ in self._calibration()])
+        refits = self._mend(pruned, model.net, plan, settings)
         numbers = {
             "macs_before": plan.before.macs,
             "macs": plan.after.macs,
@@ -230,10 +232,27 @@ class Flow:
                 "passed": proof.passed,
             },
             "notes": plan.notes,
+            "refits": [asdict(refit) for refit in refits],
             "validation_top1_before": before,
             "validation_top1": self._validate(pruned),
         }
         return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
+
+    def _mend(
+        self, pruned: nn.Module, net: nn.Module, plan: PruningPlan, settings: PruneStep
+    ) -> list[Refit]:
+        """Have the layers that are left give what they gave, or their norms' statistics right."""
+        images = [batch for batch, _ in self._calibration()]
+        if not settings.reconstruct:
+            recalibrate(pruned, images)
+            return []
+        try:
+            return reconstruct(pruned, net, torch.cat(images), kept=plan.outputs())
+        except FORWARD_FAULTS as error:
+            raise PruningError(
+                f"the pruned network's layers cannot be fitted again: {one_line(error, 160)}; set "
+                "reconstruct: false in the prune step"
+            ) from error
 
     def _validate(self, net: nn.Module) -> float:
         return evaluate(net, self.data.batches("validation"), label="validation").top1

@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def reconstruct(
     original: nn.Module,
     images: Tensor | list[Tensor],
     wanted: Mapping[str, Affine] | None = None,
-    kept: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, np.ndarray] | None = None,
 ) -> list[Refit]:
     """Fit the weights of convolutions and linear layers again, in place, in the order they run.
 
@@ -112,7 +113,9 @@ def reconstruct(
     outputs = {
         name: before.outputs[source] for name, source in sources.items() if source in before.outputs
     }
-    outputs |= {name: outputs[name][left] for name, left in (kept or {}).items() if name in outputs}
+    for name, left in (kept or {}).items():
+        if name in outputs:
+            outputs[name] = outputs[name][torch.tensor(left)]
     with closing(track(layers, "fitting layers", len(layers))) as progress:
         fitting = _Fitting(seen, outputs, wanted or {}, progress)
         _run(net, images, layers, fitting)
