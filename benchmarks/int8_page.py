@@ -224,10 +224,14 @@ def _behind(found: Iterable[Case]) -> list[str]:
     for case in found:
         if case.against_native is None or case.against_native <= ALLOWED:
             continue
-        line = f"{case.name} on {case.runtime}: bevel's takes {case.against_native:.2f} times as long"
+        line = (
+            f"{case.name} on {case.runtime}: bevel's takes {case.against_native:.2f} times as long"
+        )
         if case.native and case.int8 and not _agrees(case.native, case.int8):
             native, own = (percent(f["agreement"]) for f in (case.native, case.int8))
-            line += f"; the native one agrees with float on {native} of the images, bevel's on {own}"
+            line += (
+                f"; the native one agrees with float on {native} of the images, bevel's on {own}"
+            )
         lines.append(f"{line}.")
     return lines
 
