@@ -91,11 +91,12 @@ class PruningPlan(Record):
 
     def outputs(self) -> dict[str, np.ndarray]:
         """By the name of a layer that lost output channels, the indices of those that are left."""
-        return {
-            name.removesuffix(".weight"): indices(cut.keep[0])
+        runs = {
+            name.removesuffix(".weight"): cut.keep.get(0)
             for name, cut in self.tensors.items()
-            if name.endswith(".weight") and isinstance(cut.keep.get(0), str)
+            if name.endswith(".weight")
         }
+        return {name: indices(kept) for name, kept in runs.items() if isinstance(kept, str)}
 
     def then(self, later: PruningPlan) -> PruningPlan:
         """The plan on the original network that equals this one followed by `later`.
