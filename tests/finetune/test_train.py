@@ -13,6 +13,7 @@ from bevel.core.recipe import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.optimizer import averaged, learning_rate, sgd
 from bevel.finetuning.state import digest
+from bevel.finetuning.unfreezing import stages
 from bevel.models.fading import Fading
 
 
@@ -67,6 +68,30 @@ def test_what_fades_is_relu_after_half_of_the_steps(data, ema):
     assert shares[-4 * steps :] == pytest.approx([*rising, *[1.0] * (2 * steps)])
     assert type(trained.net[1]) is nn.ReLU
     assert float(net[1].share) == 0
+
+
+def test_the_head_learns_first_and_the_rest_joins(data):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, len(data.classes)),
+    )  # fmt: skip
+    net[3].bias.requires_grad_(False)  # the user's own wish stays
+    assert [[type(m).__name__ for m in stage] for stage in stages(net)] == [
+        ["Linear"], ["Conv2d", "BatchNorm2d"], ["BatchNorm2d"], ["Conv2d"],
+    ]  # fmt: skip
+    head_only = finetune(net, data, TrainStep(epochs=1, lr=0.1, unfreeze=1)).net
+    changed = {
+        name.split(".")[0]
+        for name, value in head_only.state_dict().items()
+        if not torch.equal(value, net.state_dict()[name])
+    }
+    assert changed == {"7"}
+    assert all(p.requires_grad == (n != "3.bias") for n, p in head_only.named_parameters())
+    whole = finetune(net, data, TrainStep(epochs=5, lr=0.1, unfreeze=4)).net
+    assert not torch.equal(whole[0].weight, net[0].weight)
+    assert not torch.equal(whole[1].running_mean, net[1].running_mean)
+    assert torch.equal(whole[3].bias, net[3].bias)
 
 
 def test_distillation_pulls_towards_the_teacher(data):

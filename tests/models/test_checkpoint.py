@@ -108,6 +108,26 @@ def test_class_count_is_named(tmp_path):
     refused(small(), path, "for 5 classes and the network has 3 .layer '3'.*num_classes to 5")
 
 
+def test_a_new_head_keeps_all_other_weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    trained, net = small(classes=5), small()
+    torch.save(trained.state_dict(), path)
+    head = [value.clone() for value in net[3].state_dict().values()]
+    load_checkpoint(net, path, new_head=True)
+    assert same(net[:3], trained[:3].state_dict().values())
+    assert same(net[3], head)
+    load_checkpoint(net, path_of(tmp_path, small()), new_head=True)  # of the same classes: all
+    assert same(net, small().state_dict().values())
+    torch.save(small(width=6).state_dict(), path)  # another network stays another network
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load_checkpoint(net, path, new_head=True)
+
+
+def path_of(folder, net):
+    torch.save(net.state_dict(), folder / "same.pt")
+    return folder / "same.pt"
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("was-run",)

@@ -317,6 +317,8 @@ def finetune(
             raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
         data = networks.fitting_data(source, network.net)
         teacher = None
+        if settings.distill is not None and source.model.head == "new":
+            raise RecipeError("the original's new head is trained in a run only: use bevel run")
         if settings.distill is not None:
             teacher = bevel.build_model(
                 source.model.name, source.model.arguments, source.model.checkpoint

@@ -38,6 +38,10 @@ class ModelSection(Section):
     checkpoint: Path | None = Field(
         default=None, description=".safetensors, or .pt/.pth/.th read with weights_only=True"
     )
+    head: Literal["checkpoint", "new"] = Field(
+        default="checkpoint",
+        description="new: the last layer starts fresh if the checkpoint is for other classes",
+    )
 
 
 class Normalize(Section):
@@ -123,6 +127,12 @@ class TrainStep(Section):
         default="auto",
         description="auto: the fastest of those measured on this machine; with a pinned one and "
         "compile: never, two runs of the recipe end with the same bytes",
+    )
+    unfreeze: int = Field(
+        default=0,
+        ge=0,
+        description="epochs in which layers join one stage at a time, the last layer first; until "
+        "then they stay as they are",
     )
     compile: Literal["auto", "never"] = Field(
         default="auto", description="auto: torch.compile where it pays for its compile time"
@@ -231,12 +241,23 @@ class SurgeryStep(Section):
     )
 
 
+class ResizeStep(Section):
+    """Show the network smaller images from here on; the original keeps its own size."""
+
+    size: int = Field(ge=1, description="square side in pixels")
+
+
+StepSettings = TrainStep | PruneStep | SurgeryStep | ResizeStep
+"""What a step holds under its verb."""
+
+
 class Step(Section):
     """One step: a mapping with the step's verb as its only key."""
 
-    VERBS: ClassVar[tuple[str, ...]] = ("train", "surgery", "prune", "finetune", "qat")
+    VERBS: ClassVar[tuple[str, ...]] = ("train", "resize", "surgery", "prune", "finetune", "qat")
 
     train: TrainStep | None = None
+    resize: ResizeStep | None = None
     surgery: SurgeryStep | None = None
     prune: PruneStep | None = None
     finetune: FinetuneStep | None = None
@@ -256,9 +277,9 @@ class Step(Section):
         return next(verb for verb in self.VERBS if getattr(self, verb) is not None)
 
     @property
-    def settings(self) -> TrainStep | PruneStep | SurgeryStep:
+    def settings(self) -> StepSettings:
         """The settings under the verb."""
-        value: TrainStep | PruneStep | SurgeryStep = getattr(self, self.verb)
+        value: StepSettings = getattr(self, self.verb)
         return value
 
 

@@ -25,6 +25,7 @@ from bevel.data.metrics import evaluate
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper
+from bevel.finetuning.unfreezing import Unfreezing
 from bevel.models.batchnorm import folded, unfold
 from bevel.models.fading import fade, fades, settle
 
@@ -163,6 +164,7 @@ class _Loop:
         self._prepare()
         decay = settings.ema
         self.fading = fades(net)
+        self.unfreezing = self._unfreezing()
         self.average = averaged(self.stepper.net, decay) if decay is not None else None
         self.history: list[dict[str, Any]] = []
 
@@ -177,6 +179,8 @@ class _Loop:
                 progress = {"history": self.history, "step": (epoch + 1) * self.steps}
                 self.store.save(self.stepper.net, self.stepper.optimizer, self.average, progress)
             self.accelerator.wait_for_everyone()
+        if self.unfreezing is not None:
+            self.unfreezing.hold(self.settings.unfreeze)
         net = copy.deepcopy(self._result()).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.accelerator.free_memory()
         settle(net)
@@ -187,6 +191,8 @@ class _Loop:
         start = time.perf_counter()
         torch.manual_seed(_epoch_seed(self.seed, epoch, self.accelerator.process_index))
         self.stepper.net.train()
+        if self.unfreezing is not None:
+            self.unfreezing.hold(epoch)
         total = torch.zeros((), dtype=torch.float64, device=self.stepper.device)
         taken = 0
         rate = 0.0
@@ -253,6 +259,17 @@ class _Loop:
             last = self.settings.fade * self.steps * self.settings.epochs
             for net in (self.stepper.net, self._result()):
                 fade(net, min(1.0, (step + 1) / max(last, 1)))
+
+    def _unfreezing(self) -> Unfreezing | None:
+        """What lets stages join, if they do not all learn from the start."""
+        if not self.settings.unfreeze:
+            return None
+        if self.accelerator.num_processes > 1:
+            raise TrainingError(
+                f"{self.label}: unfreeze works in one process; set unfreeze: 0, or leave out "
+                "accelerate launch"
+            )
+        return Unfreezing(self.stepper.net, self.settings.unfreeze)
 
     def _batches(self, epoch: int) -> Batches:
         """This process's share of the epoch's training batches."""

@@ -39,11 +39,19 @@ EMULATED = (
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A file to measure: its label, and the float torch network it came from, if at hand."""
+    """A file to measure.
+
+    Attributes:
+        label: what its network is called.
+        artifact: the file.
+        reference: the float torch network it came from, if at hand.
+        batches: its own images (N, C, H, W) and labels (N,), where files see images of other sizes.
+    """
 
     label: str
     artifact: Artifact
     reference: nn.Module | None = None
+    batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
 
 def measure(
@@ -93,9 +101,13 @@ def measure_all(
         busy = place.busy_cores() if timed else None
         latencies = _latencies(place, subjects, threads)
         memory = _memory(place, subjects, threads)
-        scores: Sequence[Any] = [(None, None)] * len(subjects)
-        if batches is not None and "predict" in place.tasks:
-            scores = _scores(place, subjects, batches, split, threads)
+        scores: list[Any] = [(None, None)] * len(subjects)
+        if "predict" in place.tasks:
+            for images, indices in _by_images(subjects, batches):
+                some = [subjects[index] for index in indices]
+                found = _scores(place, some, images, split, threads)
+                for index, score in zip(indices, found, strict=True):
+                    scores[index] = score
         runtimes = dict.fromkeys(subject.artifact.runtime for subject in subjects)
         facts = {runtime: place.facts(runtime) for runtime in runtimes}
     return [
@@ -117,6 +129,18 @@ def measure_all(
             zip(subjects, latencies, memory, scores, strict=True)
         )
     ]
+
+
+def _by_images(
+    subjects: Sequence[Subject], batches: Iterable[tuple[Tensor, Tensor]] | None
+) -> list[tuple[Iterable[tuple[Tensor, Tensor]], list[int]]]:
+    """Images, and the positions of the subjects that are run over them together."""
+    found: dict[int, tuple[Iterable[tuple[Tensor, Tensor]], list[int]]] = {}
+    for index, subject in enumerate(subjects):
+        images = batches if subject.batches is None else subject.batches
+        if images is not None:
+            found.setdefault(id(images), (images, []))[1].append(index)
+    return list(found.values())
 
 
 def images_for(device: str) -> int | None:

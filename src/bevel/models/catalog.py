@@ -43,6 +43,8 @@ def build(
     name: str,
     arguments: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
+    *,
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a network in eval mode, and load its weights if a checkpoint is given.
 
@@ -50,6 +52,7 @@ def build(
         name: `bevel:NAME`, `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`.
         arguments: keyword arguments of the factory, such as `{"num_classes": 3}`.
         checkpoint: see `bevel.models.load_checkpoint`; weights are never downloaded.
+        new_head: a last layer that the checkpoint has for other classes starts fresh.
 
     Raises:
         UnknownNameError: there is no such network; the message names the nearest.
@@ -75,7 +78,7 @@ def build(
     if checkpoint is not None:
         from bevel.models.checkpoint import load_checkpoint
 
-        load_checkpoint(net, Path(checkpoint))
+        load_checkpoint(net, Path(checkpoint), new_head=new_head)
     return net.eval()
 
 

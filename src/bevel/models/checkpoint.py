@@ -40,8 +40,11 @@ SHOWN = 3
 """How many keys of each kind a message lists."""
 
 
-def load_checkpoint(net: nn.Module, path: str | Path) -> None:
+def load_checkpoint(net: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
     """Load weights into `net` in place: all of them, or none.
+
+    With `new_head`, layers that differ in nothing but the number of classes (the last one, and
+    those of auxiliary classifiers) keep what they have, for transfer learning.
 
     Reads `.safetensors`, and `.pt`, `.pth`, `.th` with `weights_only=True`. Accepts wrapping
     dictionaries (see `WRAPPERS`) and key prefixes (see `PREFIXES`). Counters of batch norms
@@ -54,6 +57,8 @@ def load_checkpoint(net: nn.Module, path: str | Path) -> None:
     path = Path(path).expanduser()
     own = dict(net.state_dict())
     state = _strip(_tensors(_read(path), path), own)
+    if new_head:
+        state |= {name: own[name] for name in _head(net, own, state)}
     _compare(net, own, state, path)
     net.load_state_dict({**own, **state})
 
@@ -204,18 +209,23 @@ def _explain_classes(
     path: Path,
 ) -> None:
     """If only the number of outputs of the last layer differs, say so in these words."""
-    layers = {k.rpartition(".")[0] for k in differing}
-    widths = {(state[k].shape[:1], own[k].shape[:1]) for k in differing}
-    same_inside = all(state[k].shape[1:] == own[k].shape[1:] for k in differing)
-    if len(layers) != 1 or len(widths) != 1 or not same_inside:
-        return
-    layer = layers.pop()
-    module = net.get_submodule(layer)
-    if not isinstance(module, nn.Linear | nn.Conv2d):
+    if not _head(net, own, state):
         return
     key = differing[0]
+    layer = key.rpartition(".")[0]
     raise CheckpointError(
         f"checkpoint {path} is for {state[key].shape[0]} classes and the network has "
         f"{own[key].shape[0]} (layer '{layer}'): set model.arguments.num_classes to "
-        f"{state[key].shape[0]}, or leave the checkpoint out to train from scratch"
+        f"{state[key].shape[0]}, set model.head to new for transfer learning, or leave the "
+        "checkpoint out to train from scratch"
     )
+
+
+def _head(net: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of the layers that differ in the number of classes, if nothing else differs."""
+    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
+    widths = {(state[k].shape[:1], own[k].shape[:1]) for k in differing}
+    same_inside = all(state[k].shape[1:] == own[k].shape[1:] for k in differing)
+    modules = [net.get_submodule(k.rpartition(".")[0]) for k in differing]
+    layers = all(isinstance(module, nn.Linear | nn.Conv2d) for module in modules)
+    return differing if len(widths) == 1 and same_inside and layers else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from bevel.core import plugins
 from bevel.core.errors import DataError
 from bevel.core.modes import evaluating
-from bevel.core.recipe import PruneStep, Recipe, SurgeryStep, TrainStep
+from bevel.core.recipe import PruneStep, Recipe, ResizeStep, SurgeryStep, TrainStep
 from bevel.core.records import Cost, Record
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -69,7 +70,9 @@ class Explanation(Record):
         check_names(recipe)
         torch.manual_seed(recipe.seed)
         section = recipe.model
-        net = build(section.name, section.arguments, section.checkpoint)
+        net = build(
+            section.name, section.arguments, section.checkpoint, new_head=section.head == "new"
+        )
         data, shape, warnings = _data(recipe)
         if data is not None:
             try:
@@ -206,6 +209,7 @@ class _Clock:
         groups: list[GroupLine],
     ) -> None:
         self.recipe, self.net, self.data, self.groups = recipe, net, data, groups
+        self.pixels = math.prod(example.shape[2:])
         batch = example[:1].expand(min(recipe.data.batch_size, 32), *example.shape[1:]).contiguous()
         self.forward_s = _timed(lambda: self._forward(batch)) / len(batch)
         self.train_s = _timed(lambda: self._backward(batch)) / len(batch)
@@ -213,7 +217,7 @@ class _Clock:
     def lines(self) -> list[StepLine]:
         """A line per step, then the export and the measurement."""
         lines = []
-        share = 1.0
+        share, pixels = 1.0, self.pixels
         for step in self.recipe.steps:
             settings = step.settings
             if isinstance(settings, PruneStep):
@@ -225,6 +229,11 @@ class _Clock:
                 rules = settings.rules
                 what = rules if isinstance(rules, str) else ", ".join(rules)
                 lines.append(StepLine(verb="surgery", what=f"rules: {what}", seconds=None))
+            elif isinstance(settings, ResizeStep):
+                share *= settings.size**2 / pixels
+                pixels = settings.size**2
+                what = f"images of {settings.size} x {settings.size} pixels"
+                lines.append(StepLine(verb="resize", what=what, seconds=None))
             else:
                 what = f"{settings.epochs} epochs, lr {settings.lr:g}"
                 what += ", learning from the original too" if settings.distill else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,16 @@ from torch import Tensor, nn
 from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
 from bevel.core.progress import note
-from bevel.core.recipe import PruneStep, QatStep, Recipe, SurgeryStep, Target, TrainStep
+from bevel.core.recipe import (
+    PruneStep,
+    QatStep,
+    Recipe,
+    ResizeStep,
+    StepSettings,
+    SurgeryStep,
+    Target,
+    TrainStep,
+)
 from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -48,11 +56,25 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """What flows from step to step: a network, and what leads to it from the factory."""
+    """What flows from step to step: a network, and what leads to it from the factory.
+
+    `data` are the images as it sees them; a resize step makes them another size from there on.
+    """
 
     net: nn.Module
+    data: Data
     plan: PruningPlan
     surgery: SurgeryLog = field(default_factory=SurgeryLog)
+
+    @property
+    def example(self) -> Tensor:
+        """Two images of the validation split, (2, C, H, W)."""
+        return _example(self.data)
+
+
+def _example(data: Data) -> Tensor:
+    images, _ = next(iter(data.batches("validation", batch_size=2, limit=2)))
+    return images
 
 
 class Flow:
@@ -68,52 +90,50 @@ class Flow:
         changed = False
         for number, step in enumerate(self.recipe.steps, start=1):
             name = f"{number:02d}-{step.verb}"
-            changed = changed or step.verb in ("surgery", "prune")
+            changed = changed or step.verb in ("surgery", "prune", "resize")
             model = self._step(name, step.verb, step.settings, model, original)
             if not changed:
                 original = model
         self._save(model, self.folder.path / "compressed.safetensors")
         self.folder.update(original=original.plan.before, compressed=model.plan.after)
-        networks = {"original": original.net, "compressed": model.net}
-        self._measure(self._export(networks), networks)
+        models = {"original": original, "compressed": model}
+        self._measure(self._export(models), models)
 
     # -- the network ----------------------------------------------------------------------
 
-    @cached_property
-    def data(self) -> Data:
-        """The recipe's data; loaded when it is first needed."""
-        return load_data(self.recipe.data, seed=self.recipe.seed)
-
-    @cached_property
-    def example(self) -> Tensor:
-        """Two images of the validation split, (2, C, H, W)."""
-        images, _ = next(iter(self.data.batches("validation", batch_size=2, limit=2)))
-        return images
+    def _data(self, size: int | None = None) -> Data:
+        """The recipe's data, of another size where one is given."""
+        section = self.recipe.data
+        if size is not None:
+            section = section.model_copy(update={"size": size, "resize": None})
+        return load_data(section, seed=self.recipe.seed)
 
     def _build(self) -> nn.Module:
         torch.manual_seed(self.recipe.seed)
         section = self.recipe.model
-        return build(section.name, section.arguments, section.checkpoint)
+        return build(
+            section.name, section.arguments, section.checkpoint, new_head=section.head == "new"
+        )
 
     def _start(self) -> Model:
-        net = self._build()
-        check_classes(net, self.data)
-        return Model(net, make_plan(analyze(net, self.example), {}))
+        net, data = self._build(), self._data()
+        check_classes(net, data)
+        return Model(net, data, make_plan(analyze(net, _example(data)), {}))
 
     def _save(self, model: Model, path: Path) -> None:
         section = self.recipe.model
         description = {
             "name": section.name,
             "arguments": section.arguments,
-            "input_shape": list(self.data.input_shape),
+            "input_shape": list(model.data.input_shape),
         }
         save_pruned(model.net, model.plan, path, model=description, surgery=model.surgery)
 
-    def _restore(self, path: Path) -> Model:
+    def _restore(self, path: Path, data: Data) -> Model:
         """The network in a step's file; its plan replaces the starting weights."""
         section = self.recipe.model
         net = load_pruned(lambda: build(section.name, section.arguments), path)
-        return Model(net, read_metadata(path)[0], read_surgery(path))
+        return Model(net, data, read_metadata(path)[0], read_surgery(path))
 
     # -- steps on the network -------------------------------------------------------------
 
@@ -121,17 +141,21 @@ class Flow:
         self,
         name: str,
         verb: str,
-        settings: TrainStep | PruneStep | SurgeryStep,
+        settings: StepSettings,
         model: Model,
         original: Model,
     ) -> Model:
         """Do the step, or take up its result."""
         path = self.folder.step_folder(name) / "model.safetensors"
+        if isinstance(settings, ResizeStep):
+            model = replace(model, data=self._data(settings.size))
         if self.folder.finished(name) is not None:
-            return self._restore(path)
+            return self._restore(path, model.data)
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
             model, numbers = self._prune(model, settings)
+        elif isinstance(settings, ResizeStep):
+            model, numbers = self._resize(model)
         elif isinstance(settings, SurgeryStep):
             model, numbers = self._operate(model, settings)
         elif isinstance(settings, QatStep):
@@ -142,14 +166,25 @@ class Flow:
         self._save(model, path)
         self.folder.finish(name, verb, time.perf_counter() - begun, numbers, [path])
         # Go on from the file, as a resumed run does, so that both see the same network.
-        return self._restore(path)
+        return self._restore(path, model.data)
+
+    def _resize(self, model: Model) -> tuple[Model, Numbers]:
+        """The costs with images of another size; the network stays."""
+        plan = make_plan(analyze(model.net, model.example), {})
+        numbers = {
+            "input_shape": list(model.data.input_shape),
+            "macs_before": model.plan.after.macs,
+            "macs": plan.after.macs,
+            "validation_top1": self._validate(model),
+        }
+        return replace(model, plan=model.plan.then(plan)), numbers
 
     def _train(
         self, name: str, verb: str, model: Model, settings: TrainStep, original: Model
     ) -> tuple[Model, Numbers]:
         trained = finetune(
             model.net,
-            self.data,
+            model.data,
             settings,
             seed=self.recipe.seed,
             teacher=original.net if settings.distill is not None else None,
@@ -168,8 +203,8 @@ class Flow:
     ) -> tuple[Model, Numbers]:
         net, trained = train_for_int8(
             model.net,
-            self.example,
-            self.data,
+            model.example,
+            model.data,
             settings,
             self.recipe,
             teacher=original.net if settings.distill is not None else None,
@@ -178,22 +213,22 @@ class Flow:
         numbers = {
             "history": trained.history,
             "validation_top1_int8": trained.history[-1]["validation_top1"],
-            "validation_top1": self._validate(net),
+            "validation_top1": self._validate(replace(model, net=net)),
             "execution": trained.execution,
         }
         return replace(model, net=net), numbers
 
     def _operate(self, model: Model, settings: SurgeryStep) -> tuple[Model, Numbers]:
-        images = [batch for batch, _ in self._calibration()]
+        images = [batch for batch, _ in self._calibration(model)]
         lite = surgery(
             model.net,
-            self.example,
+            model.example,
             rules=settings.rules,
             calibration=images,
             progressive=settings.progressive,
         )
-        plan = make_plan(analyze(lite.net, self.example), {})
-        before = self._validate(model.net)
+        plan = make_plan(analyze(lite.net, model.example), {})
+        before = self._validate(model)
         recalibrate(lite.net, images)
         numbers = {
             "macs_before": model.plan.after.macs,
@@ -204,21 +239,22 @@ class Flow:
             "proven": lite.proven,
             "refits": [asdict(refit) for refit in lite.refits],
             "validation_top1_before": before,
-            "validation_top1": self._validate(lite.net),
+            "validation_top1": self._validate(replace(model, net=lite.net)),
         }
         actions = [*model.surgery.actions, *lite.log.actions]
-        return Model(lite.net, plan, SurgeryLog(actions=actions)), numbers
+        log = SurgeryLog(actions=actions)
+        return replace(model, net=lite.net, plan=plan, surgery=log), numbers
 
     def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
-        held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, self.example, settings, held_out, self.recipe)
+        held_out = model.data.batches("validation", limit=self.recipe.calibration.images)
+        plan = plan_step(model.net, model.example, settings, held_out, self.recipe)
         pruned = prune(model.net, plan)
-        images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
+        images = model.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
-            model.net, pruned, plan, self.example, images=[batch for batch, _ in images]
+            model.net, pruned, plan, model.example, images=[batch for batch, _ in images]
         )
-        before = self._validate(model.net)
-        refits = self._mend(pruned, model.net, plan, settings)
+        before = self._validate(model)
+        refits = self._mend(pruned, model, plan, settings)
         numbers = {
             "macs_before": plan.before.macs,
             "macs": plan.after.macs,
@@ -234,36 +270,36 @@ class Flow:
             "notes": plan.notes,
             "refits": [asdict(refit) for refit in refits],
             "validation_top1_before": before,
-            "validation_top1": self._validate(pruned),
+            "validation_top1": self._validate(replace(model, net=pruned)),
         }
         return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
 
     def _mend(
-        self, pruned: nn.Module, net: nn.Module, plan: PruningPlan, settings: PruneStep
+        self, pruned: nn.Module, model: Model, plan: PruningPlan, settings: PruneStep
     ) -> list[Refit]:
         """Have the layers that are left give what they gave, or their norms' statistics right."""
-        images = [batch for batch, _ in self._calibration()]
+        images = [batch for batch, _ in self._calibration(model)]
         if not settings.reconstruct:
             recalibrate(pruned, images)
             return []
         try:
-            return reconstruct(pruned, net, torch.cat(images), kept=plan.outputs())
+            return reconstruct(pruned, model.net, torch.cat(images), kept=plan.outputs())
         except FORWARD_FAULTS as error:
             raise PruningError(
                 f"the pruned network's layers cannot be fitted again: {one_line(error, 160)}; set "
                 "reconstruct: false in the prune step"
             ) from error
 
-    def _validate(self, net: nn.Module) -> float:
-        return evaluate(net, self.data.batches("validation"), label="validation").top1
+    def _validate(self, model: Model) -> float:
+        return evaluate(model.net, model.data.batches("validation"), label="validation").top1
 
-    def _calibration(self) -> Any:
+    def _calibration(self, model: Model) -> Any:
         """Training images without augmentation, for statistics and int8 ranges."""
-        return self.data.batches("train", limit=self.recipe.calibration.images)
+        return model.data.batches("train", limit=self.recipe.calibration.images)
 
     # -- artifacts ------------------------------------------------------------------------
 
-    def _export(self, networks: dict[str, nn.Module]) -> dict[tuple[str, str, str], Artifact]:
+    def _export(self, models: dict[str, Model]) -> dict[tuple[str, str, str], Artifact]:
         """The files of all targets."""
         artifacts: dict[tuple[str, str, str], Artifact] = {}
         for number, key in enumerate(
@@ -274,27 +310,27 @@ class Flow:
             path = self._artifact_path(label, runtime, precision)
             if self.folder.finished(name) is None:
                 begun = time.perf_counter()
-                numbers = self._export_one(networks[label], runtime, precision, path)
+                numbers = self._export_one(models[label], runtime, precision, path)
                 self.folder.finish(name, "export", time.perf_counter() - begun, numbers, [path])
             artifacts[key] = open_artifact(path)
         return artifacts
 
-    def _export_one(self, net: nn.Module, runtime: str, precision: str, path: Path) -> Numbers:
+    def _export_one(self, model: Model, runtime: str, precision: str, path: Path) -> Numbers:
         """Write a file; returns what is recorded of it."""
         options, calibration, fallback = self.recipe.quantization, None, None
         if precision == "int8":
-            calibration = self._calibration()
+            calibration = self._calibration(model)
             options, fallback = fall_back(
-                net,
-                self.example,
+                model.net,
+                model.example,
                 runtime,
                 options,
                 calibration=calibration,
-                validation=self.data.batches("validation"),
+                validation=model.data.batches("validation"),
             )
         artifact = export(
-            net,
-            self.example,
+            model.net,
+            model.example,
             runtime=runtime,
             precision=precision,
             calibration=calibration,
@@ -305,7 +341,7 @@ class Flow:
         if fallback is not None:
             numbers["fallback"] = fallback
         if precision != "float32":  # in float32 it is that of the step before
-            batches = self.data.batches("validation")
+            batches = model.data.batches("validation")
             ((accuracy, _),) = evaluate_artifacts([(artifact, None)], batches, "validation")
             numbers["validation_top1"] = accuracy.top1
         return numbers
@@ -315,7 +351,7 @@ class Flow:
         return self.folder.path / "artifacts" / name
 
     def _measure(
-        self, artifacts: dict[tuple[str, str, str], Artifact], networks: dict[str, nn.Module]
+        self, artifacts: dict[tuple[str, str, str], Artifact], models: dict[str, Model]
     ) -> None:
         """Measure everything on each device; files of one device are timed in turn."""
         places = {(target.device, target.threads): None for target in self.recipe.targets}
@@ -323,15 +359,17 @@ class Flow:
         for device, threads in places:
             here = [t for t in self.recipe.targets if (t.device, t.threads) == (device, threads)]
             begun = time.perf_counter()
-            measurements += measure_all(
-                [Subject(key[0], artifacts[key], networks[key[0]]) for key in files_of(here)],
-                device=device,
-                threads=threads,
-                batches=self.data.batches("test", limit=images_for(device)),
-                split="test",
-            )
+            images = {
+                label: model.data.batches("test", limit=images_for(device))
+                for label, model in models.items()
+            }
+            subjects = [
+                Subject(key[0], artifacts[key], models[key[0]].net, images[key[0]])
+                for key in files_of(here)
+            ]
+            measurements += measure_all(subjects, device=device, threads=threads, split="test")
             note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
-        diagnoses = diagnose_all(measurements, self.example[:1])
+        diagnoses = diagnose_all(measurements, models["compressed"].example[:1])
         shipments = choose(measurements, diagnoses, self.recipe.quantization.accuracy_drop)
         self.folder.update(measurements=measurements, diagnoses=diagnoses, shipments=shipments)
 
