@@ -152,6 +152,19 @@ class FinetuneStep(TrainStep):
     lr: float = Field(default=0.02, gt=0, description="peak learning rate")
 
 
+class SparsifyStep(FinetuneStep):
+    """Fine-tune so that what will be removed has little weight left by then."""
+
+    penalty: Literal["growing", "slimming"] = Field(
+        default="growing",
+        description="growing: on the channels that the next prune step would remove now, ever "
+        "stronger; slimming: on all scales of batch norms, for the criterion bn_scale",
+    )
+    strength: float | None = Field(
+        default=None, gt=0, description="of the pull towards zero; default 1 and 1e-4"
+    )
+
+
 class QatStep(FinetuneStep):
     """Fine-tune with the rounding of int8 in the forward (quantization-aware training).
 
@@ -254,11 +267,20 @@ StepSettings = TrainStep | PruneStep | SurgeryStep | ResizeStep
 class Step(Section):
     """One step: a mapping with the step's verb as its only key."""
 
-    VERBS: ClassVar[tuple[str, ...]] = ("train", "resize", "surgery", "prune", "finetune", "qat")
+    VERBS: ClassVar[tuple[str, ...]] = (
+        "train",
+        "resize",
+        "surgery",
+        "sparsify",
+        "prune",
+        "finetune",
+        "qat",
+    )
 
     train: TrainStep | None = None
     resize: ResizeStep | None = None
     surgery: SurgeryStep | None = None
+    sparsify: SparsifyStep | None = None
     prune: PruneStep | None = None
     finetune: FinetuneStep | None = None
     qat: QatStep | None = None
@@ -380,13 +402,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def something_to_sparsify_for(self) -> Recipe:
+        """What a growing penalty holds down is what the next prune step removes."""
+        for number, step in enumerate(self.steps):
+            rest = self.steps[number + 1 :]
+            growing = step.sparsify is not None and step.sparsify.penalty == "growing"
+            if growing and not any(later.prune is not None for later in rest):
+                raise ValueError("a sparsify step needs a prune step after it")
+        return self
+
+    @model_validator(mode="after")
     def training_to_fade_in(self) -> Recipe:
         """What fades is a ReLU only after training."""
         fading = False
         for step in self.steps:
             if fading and step.verb == "qat":
                 break
-            fading = fading and step.verb not in ("train", "finetune")
+            fading = fading and step.verb not in ("train", "sparsify", "finetune")
             fading = fading or (step.surgery is not None and step.surgery.progressive)
         if fading:
             raise ValueError("after progressive surgery there has to be a finetune step")

@@ -122,11 +122,18 @@ class Stepper:
         with torch.no_grad(), feature_maps(self.teacher, self.sites) as maps:
             return _logits(ask(images), "the teacher"), maps
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Change the weights by one batch; returns the detached loss."""
+    def step(
+        self, images: Tensor, labels: Tensor, penalty: Callable[[nn.Module], None] | None = None
+    ) -> Tensor:
+        """Change the weights by one batch; returns the detached loss.
+
+        `penalty` adds what it wants to the gradients before the weights move.
+        """
         loss = self.loss(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(loss)
+        if penalty is not None:
+            penalty(self.net)
         self.optimizer.step()
         return loss.detach()
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,13 @@ CHECK_EVERY = 25
 
 UNFOLDING = 8
 """Batches that the statistics of folded batch norms are estimated on."""
+
+
+class Penalty(Protocol):
+    """What is added to the gradients of training."""
+
+    def __call__(self, net: nn.Module, *, over: float) -> None:
+        """Add it in place; `over`: how much of the training is over, from 0 to 1."""
 
 
 class Batches(Protocol):
@@ -85,6 +93,7 @@ def finetune(
     folder: Path | None = None,
     label: str = "finetune",
     freeze: Callable[[nn.Module], None] | None = None,
+    penalty: Penalty | None = None,
 ) -> Trained:
     """Train a copy of the network; the network itself stays as it is.
 
@@ -108,6 +117,8 @@ def finetune(
         label: what progress and errors call this training.
         freeze: called with the network in training mode, to hold what should no longer move in
             the last third of the steps.
+        penalty: called with the network and how much of the training is over (0 to 1), before
+            every step, to add to the gradients; see `bevel.pruning.sparsity`.
 
     Raises:
         TrainingError: the loss is no longer finite, or there is nothing to train.
@@ -120,7 +131,9 @@ def finetune(
         )
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
         start = _unfolded(net, data, seed)
-        return _Loop(start, data, settings, seed, teacher, folder, label, freeze).run()
+        loop = _Loop(start, data, settings, seed, teacher, folder, label)
+        loop.freeze, loop.penalty = freeze, penalty
+        return loop.run()
 
 
 def _unfolded(net: nn.Module, data: TrainingData, seed: int) -> nn.Module:
@@ -146,10 +159,10 @@ class _Loop:
         teacher: nn.Module | None,
         folder: Path | None,
         label: str,
-        freeze: Callable[[nn.Module], None] | None,
     ) -> None:
         self.data, self.settings, self.seed, self.label = data, settings, seed, label
-        self.freeze = freeze
+        self.freeze: Callable[[nn.Module], None] | None = None
+        self.penalty: Penalty | None = None
         self.accelerator = Accelerator()
         first = self._batches(0)
         self.steps = len(first)
@@ -205,7 +218,7 @@ class _Loop:
             self._fade(epoch * self.steps + number)
             if len(images) < 2 <= self.batch_size:
                 continue  # a batch norm has no variance from a left-over single image
-            total += self.stepper.step(images, labels)
+            total += self.stepper.step(images, labels, self._penalty(epoch * self.steps + number))
             taken += 1
             if self.average is not None:
                 self.average.update_parameters(self.stepper.net)
@@ -252,6 +265,12 @@ class _Loop:
         begin = math.ceil(self.settings.epochs * self.steps * (1 - FROZEN_SHARE))
         if self.freeze is not None and (step == begin or (first and step > begin)):
             self.freeze(self.stepper.net)
+
+    def _penalty(self, step: int) -> Callable[[nn.Module], None] | None:
+        """What is added to the gradients of a step."""
+        if self.penalty is None:
+            return None
+        return partial(self.penalty, over=step / (self.steps * self.settings.epochs))
 
     def _fade(self, step: int) -> None:
         """Bring activation functions that fade nearer to ReLU, evenly from step to step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bevel.core.recipe import (
     QatStep,
     Recipe,
     ResizeStep,
+    SparsifyStep,
     StepSettings,
     SurgeryStep,
     Target,
@@ -42,6 +43,7 @@ from bevel.pipeline.int8 import fall_back, train_for_int8
 from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.planning import LabelledBatches, plan_pruning
+from bevel.pruning.sparsity import growing, slimming
 from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
@@ -50,6 +52,9 @@ from bevel.runtimes import channel_step, export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""
+
+GROWING, SLIMMING = 1.0, 1e-4
+"""Strengths of the penalties of a sparsify step that names none."""
 
 Numbers = dict[str, Any]
 
@@ -90,7 +95,7 @@ class Flow:
         changed = False
         for number, step in enumerate(self.recipe.steps, start=1):
             name = f"{number:02d}-{step.verb}"
-            changed = changed or step.verb in ("surgery", "prune", "resize")
+            changed = changed or step.verb in ("surgery", "prune", "resize", "sparsify")
             model = self._step(name, step.verb, step.settings, model, original)
             if not changed:
                 original = model
@@ -190,6 +195,7 @@ class Flow:
             teacher=original.net if settings.distill is not None else None,
             folder=self.folder.step_folder(name) / "training",
             label=verb,
+            penalty=self._penalty(model, settings) if isinstance(settings, SparsifyStep) else None,
         )
         numbers = {
             "history": trained.history,
@@ -197,6 +203,17 @@ class Flow:
             "execution": trained.execution,
         }
         return replace(model, net=trained.net, surgery=model.surgery.settled(trained.net)), numbers
+
+    def _penalty(self, model: Model, settings: SparsifyStep) -> Callable[..., None]:
+        """What draws channels to zero: those that the next prune step would remove now, or all."""
+        if settings.penalty == "slimming":
+            return slimming(settings.strength or SLIMMING)
+        steps = iter(self.recipe.steps)
+        next(step for step in steps if step.settings is settings)
+        following = next(step.prune for step in steps if step.prune is not None)
+        held_out = model.data.batches("validation", limit=self.recipe.calibration.images)
+        plan = plan_step(model.net, model.example, following, held_out, self.recipe)
+        return growing(model.net, plan, settings.strength or GROWING)
 
     def _train_for_int8(
         self, name: str, model: Model, settings: QatStep, original: Model
