@@ -339,6 +339,7 @@ def plan_step(
         allocate=settings.allocate,
         reduction=settings.reduction,
         ratio=settings.ratio,
+        ratios=settings.ratios,
         budget=settings.budget.limits() if settings.budget else None,
         align=alignment(settings, recipe.targets),
         ignore=settings.ignore,
