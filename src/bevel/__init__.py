@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bevel.models import build as build_model
     from bevel.packaging import package
     from bevel.pipeline import explain, run
+    from bevel.pipeline.within import plan_within
     from bevel.pruning.apply import load_pruned, prune, save_pruned
     from bevel.pruning.plan import PruningPlan
     from bevel.pruning.planning import plan_pruning
@@ -52,6 +53,7 @@ __all__ = [
     "measure",
     "package",
     "plan_pruning",
+    "plan_within",
     "prune",
     "register_resizer",
     "report",
@@ -81,6 +83,7 @@ _HOMES = {
     "measure": "bevel.measurement.bench",
     "package": "bevel.packaging",
     "plan_pruning": "bevel.pruning.planning",
+    "plan_within": "bevel.pipeline.within",
     "prune": "bevel.pruning.apply",
     "register_resizer": "bevel.graph.attributes",
     "report": "bevel.reporting",

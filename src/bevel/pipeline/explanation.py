@@ -154,7 +154,8 @@ def _planned(
     measured = step.budget is not None and step.budget.latency_ms is not None
     if measured or (allocator.NEEDS_CALIBRATION and step.ratios is None):
         return None
-    return plan_step(net, example, step, None, recipe).after
+    plan, _ = plan_step(net, example, step, None, recipe)
+    return plan.after
 
 
 def _groups(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +31,11 @@ from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import fall_back, train_for_int8
+from bevel.pipeline.within import LATENCY, Timing, plan_within
 from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.planning import LabelledBatches, plan_pruning
+from bevel.pruning.sensitivity import FILE as SENSITIVITY
 from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
@@ -129,7 +132,7 @@ class Flow:
             return self._restore(path)
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
-            model, numbers = self._prune(model, settings)
+            model, numbers = self._prune(model, settings, path.parent)
         elif isinstance(settings, SurgeryStep):
             model, numbers = self._operate(model, settings)
         elif isinstance(settings, QatStep):
@@ -201,9 +204,17 @@ class Flow:
         actions = [*model.surgery.actions, *lite.log.actions]
         return Model(lite.net, plan, SurgeryLog(actions=actions)), numbers
 
-    def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
+    def _prune(self, model: Model, settings: PruneStep, folder: Path) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, self.example, settings, held_out, self.recipe)
+        plan, timing = plan_step(
+            model.net,
+            self.example,
+            settings,
+            held_out,
+            self.recipe,
+            images=self._calibration,
+            folder=folder,
+        )
         pruned = prune(model.net, plan)
         images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
@@ -227,6 +238,10 @@ class Flow:
             "validation_top1_before": before,
             "validation_top1": self._validate(pruned),
         }
+        if timing is not None:
+            numbers["latency"] = timing.model_dump(mode="json") | {"summary": str(timing)}
+        if (folder / SENSITIVITY).exists():
+            numbers["sensitivity"] = json.loads((folder / SENSITIVITY).read_text(encoding="utf-8"))
         return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
 
     def _validate(self, net: nn.Module) -> float:
@@ -330,22 +345,50 @@ def plan_step(
     settings: PruneStep,
     calibration: LabelledBatches | None,
     recipe: Recipe,
-) -> PruningPlan:
-    """The plan that a prune step of a recipe asks for."""
-    return plan_pruning(
+    *,
+    images: Callable[[], Iterable[Any]] = tuple,
+    folder: Path | None = None,
+) -> tuple[PruningPlan, Timing | None]:
+    """The plan that a prune step of a recipe asks for, and how its latency came about, if limited.
+
+    Args:
+        net: the network.
+        example: images for its recording.
+        settings: the step.
+        calibration: held-out images with labels, for allocators that measure.
+        recipe: whose targets, seed and quantization hold.
+        images: gives the batches that int8 takes its ranges from.
+        folder: where a sensitivity map is kept.
+    """
+    budget = settings.budget.limits() if settings.budget else None
+    target = budget_target(recipe.targets)
+    request: dict[str, Any] = {
+        "criterion": settings.criterion,
+        "allocate": settings.allocate,
+        "reduction": settings.reduction,
+        "align": alignment(settings, recipe.targets),
+        "ignore": settings.ignore,
+        "calibration": calibration,
+        "seed": recipe.seed,
+        "folder": folder,
+    }
+    if budget is None or LATENCY not in budget:
+        request |= {"ratio": settings.ratio, "ratios": settings.ratios, "budget": budget}
+        return plan_pruning(net, example, precision=target.precision, **request), None
+    return plan_within(
         net,
         example,
-        criterion=settings.criterion,
-        allocate=settings.allocate,
-        reduction=settings.reduction,
-        ratio=settings.ratio,
-        ratios=settings.ratios,
-        budget=settings.budget.limits() if settings.budget else None,
-        align=alignment(settings, recipe.targets),
-        ignore=settings.ignore,
-        calibration=calibration,
-        seed=recipe.seed,
+        budget=budget,
+        target=target,
+        images=images(),
+        quantization=recipe.quantization,
+        **request,
     )
+
+
+def budget_target(targets: Sequence[Target]) -> Target:
+    """The target whose latency and bytes a budget means: the first int8 one, else the first."""
+    return next((target for target in targets if target.precision == "int8"), targets[0])
 
 
 def alignment(settings: PruneStep, targets: Sequence[Target]) -> int:

@@ -13,7 +13,7 @@ from bevel.graph.couplings import Analysis
 WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int8-weights": 1}
 ACTIVATION_BYTES = WEIGHT_BYTES | {"int8-weights": 4}
 VECTOR_BYTES = WEIGHT_BYTES | {"int8": 4, "int8-weights": 4}
-"""Bytes of one number by precision. A vector is a bias, int32 in int8, or an int8 weight's scale."""
+"""Bytes of one number by precision; of int8, vectors are biases in int32 and scales of weights."""
 
 
 KB = 1000
