@@ -1,4 +1,4 @@
-"""The sensitivity map: right, saved as it is measured, resumed, and never that of something else."""
+"""The sensitivity map: right, saved as it is measured, resumed, never that of something else."""
 
 import json
 import os

@@ -19,7 +19,8 @@ from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
-from bevel.pipeline.flow import alignment, check_names, plan_step
+from bevel.pipeline.flow import check_names
+from bevel.pipeline.planning import alignment, budget_target, plan_step
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
 from bevel.pruning.scoring import score_groups
 
@@ -154,7 +155,15 @@ def _planned(
     measured = step.budget is not None and step.budget.latency_ms is not None
     if measured or (allocator.NEEDS_CALIBRATION and step.ratios is None):
         return None
-    plan, _ = plan_step(net, example, step, None, recipe)
+    plan, _ = plan_step(
+        net,
+        example,
+        step,
+        None,
+        target=budget_target(recipe.targets),
+        align=alignment(step, recipe.targets),
+        seed=recipe.seed,
+    )
     return plan.after
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from bevel.core import plugins
 from bevel.core.progress import note
-from bevel.core.recipe import PruneStep, QatStep, Recipe, SurgeryStep, Target, TrainStep
+from bevel.core.recipe import (
+    PruneStep,
+    QatStep,
+    Recipe,
+    SurgeryStep,
+    Target,
+    TrainStep,
+)
 from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -31,15 +38,14 @@ from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import fall_back, train_for_int8
-from bevel.pipeline.within import LATENCY, Timing, plan_within
+from bevel.pipeline.planning import alignment, budget_target, plan_step
 from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
-from bevel.pruning.planning import LabelledBatches, plan_pruning
 from bevel.pruning.sensitivity import FILE as SENSITIVITY
 from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
-from bevel.runtimes import channel_step, export, load_runtime, open_artifact
+from bevel.runtimes import export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""
@@ -211,7 +217,10 @@ class Flow:
             self.example,
             settings,
             held_out,
-            self.recipe,
+            target=budget_target(self.recipe.targets),
+            align=alignment(settings, self.recipe.targets),
+            seed=self.recipe.seed,
+            quantization=self.recipe.quantization,
             images=self._calibration,
             folder=folder,
         )
@@ -337,65 +346,6 @@ def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
         found |= {(label, target.runtime, "float32"): None for target in targets}
     found |= {("compressed", target.runtime, target.precision): None for target in targets}
     return list(found)
-
-
-def plan_step(
-    net: nn.Module,
-    example: Tensor,
-    settings: PruneStep,
-    calibration: LabelledBatches | None,
-    recipe: Recipe,
-    *,
-    images: Callable[[], Iterable[Any]] = tuple,
-    folder: Path | None = None,
-) -> tuple[PruningPlan, Timing | None]:
-    """The plan that a prune step of a recipe asks for, and how its latency came about, if limited.
-
-    Args:
-        net: the network.
-        example: images for its recording.
-        settings: the step.
-        calibration: held-out images with labels, for allocators that measure.
-        recipe: whose targets, seed and quantization hold.
-        images: gives the batches that int8 takes its ranges from.
-        folder: where a sensitivity map is kept.
-    """
-    budget = settings.budget.limits() if settings.budget else None
-    target = budget_target(recipe.targets)
-    request: dict[str, Any] = {
-        "criterion": settings.criterion,
-        "allocate": settings.allocate,
-        "reduction": settings.reduction,
-        "align": alignment(settings, recipe.targets),
-        "ignore": settings.ignore,
-        "calibration": calibration,
-        "seed": recipe.seed,
-        "folder": folder,
-    }
-    if budget is None or LATENCY not in budget:
-        request |= {"ratio": settings.ratio, "ratios": settings.ratios, "budget": budget}
-        return plan_pruning(net, example, precision=target.precision, **request), None
-    return plan_within(
-        net,
-        example,
-        budget=budget,
-        target=target,
-        images=images(),
-        quantization=recipe.quantization,
-        **request,
-    )
-
-
-def budget_target(targets: Sequence[Target]) -> Target:
-    """The target whose latency and bytes a budget means: the first int8 one, else the first."""
-    return next((target for target in targets if target.precision == "int8"), targets[0])
-
-
-def alignment(settings: PruneStep, targets: Sequence[Target]) -> int:
-    """The number that widths become multiples of; `auto` asks the targets' runtimes."""
-    if settings.align == "auto":
-        return channel_step((target.runtime, target.precision) for target in targets)
-    return settings.align
 
 
 def check_names(recipe: Recipe) -> None:
