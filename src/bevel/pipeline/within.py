@@ -102,15 +102,16 @@ def plan_within(
     timing = Timing(target=str(target), asked=str(limit))
     with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
         analysis, table = _table(watch, net, example, request)
-        aim = min(MARGIN * limit.of(table.uncut_ms), 1.0)
+        asked = limit.of(table.uncut_ms)
+        aim = MARGIN * asked if asked < 1 else 1.0
         for _ in range(ROUNDS):
             plan = _plan(net, example, {**budget, LATENCY: aim}, target, table, timing, request)
             found = _measured(watch, net, plan, table, analysis, aim)
             timing = timing.model_copy(update={"rounds": [*timing.rounds, found]})
             note(str(timing))
-            if _holds(limit, found) and (found.share < 1 or plan.after == plan.before):
-                asked = {**plan.request, "budget": dict(budget)}
-                return plan.model_copy(update={"request": asked}), timing
+            if _holds(limit, found):
+                stated = {**plan.request, "budget": dict(budget)}
+                return plan.model_copy(update={"request": stated}), timing
             aim *= min(MARGIN * limit.of(found.before_ms) / found.share, 1.0)
     raise _refused(timing)
 
