@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bevel.models.fading import fade, settle
     from bevel.packaging import package
     from bevel.pipeline import explain, run
+    from bevel.pipeline.within import plan_within
     from bevel.pruning.apply import load_pruned, prune, save_pruned
     from bevel.pruning.plan import PruningPlan
     from bevel.pruning.planning import plan_pruning
@@ -55,6 +56,7 @@ __all__ = [
     "measure",
     "package",
     "plan_pruning",
+    "plan_within",
     "prune",
     "reconstruct",
     "register_resizer",
@@ -87,6 +89,7 @@ _HOMES = {
     "measure": "bevel.measurement.bench",
     "package": "bevel.packaging",
     "plan_pruning": "bevel.pruning.planning",
+    "plan_within": "bevel.pipeline.within",
     "prune": "bevel.pruning.apply",
     "reconstruct": "bevel.rewriting.reconstruction",
     "register_resizer": "bevel.graph.attributes",

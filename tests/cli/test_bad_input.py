@@ -271,7 +271,7 @@ def ratio_out_of_range(_: Workplace) -> list[object]:
     return ["prune", "net.py:tiny", "--input", "1x3x8x8", "--ratio", 2, "--out", "a.safetensors"]
 
 
-@case("give --macs or --params (what may remain) or --ratio (what is removed)")
+@case("give --macs, --params or --budget (what may remain) or --ratio (what is removed)")
 def neither_budget_nor_ratio(_: Workplace) -> list[object]:
     return ["prune", "net.py:tiny", "--input", "1x3x8x8", "--out", "a.safetensors"]
 

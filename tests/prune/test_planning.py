@@ -12,7 +12,7 @@ import bevel
 from bevel.core.errors import PruningError
 from bevel.core.recipe import PruneStep, Target
 from bevel.graph.couplings import Axis, ChannelGroup, analyze
-from bevel.pipeline.flow import alignment
+from bevel.pipeline.planning import alignment
 from bevel.pruning.allocate import LAST_SHARE, Problem, inside_runs, rank, rank_all
 from bevel.pruning.scoring import REDUCTIONS
 from bevel.runtimes import channel_step

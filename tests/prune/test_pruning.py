@@ -173,7 +173,10 @@ def test_t_sensitive_without_images_is_refused():
         ({"ratio": 1.5, "budget": None}, "ratio is 1.5"),
         ({"budget": {}}, "budget is empty"),
         ({"budget": {"mac": 0.5}}, "no budget called 'mac'"),
-        ({"budget": {"macs": 0.0}}, "expected a fraction above 0"),
+        ({"budget": {"macs": 0.0}}, "expected a share above 0"),
+        ({"budget": {"macs": "50 kb"}}, "the macs budget is 50 kb, expected a share"),
+        ({"budget": {"latency_ms": 0.5}}, "is measured on a target"),
+        ({"budget": None}, "or ratios by layer"),
         ({"align": 0}, "align is 0"),
     ],
 )

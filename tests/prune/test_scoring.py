@@ -115,7 +115,7 @@ class Bare(nn.Module):
 def score_one(net: nn.Module, *axes: Axis, size: int, runs: bool = False, **request) -> np.ndarray:
     group = ChannelGroup("g", size, axes, None, None, None, runs)
     request = {"criterion": "mean_weight", **request}
-    return score_groups(net, Analysis((group,), (), (), (), {}), **request)[0]
+    return score_groups(net, Analysis((group,), (), (), (), (), {}), **request)[0]
 
 
 def test_a_run_has_the_mean_of_all_its_rows():

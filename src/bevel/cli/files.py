@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +17,13 @@ from bevel.core import plugins
 from bevel.core import recipe as recipes
 from bevel.core.errors import ProofError, RecipeError
 from bevel.core.files import sha256
-from bevel.core.recipe import FinetuneStep, PruneStep, Recipe
+from bevel.core.limits import QUANTITIES
+from bevel.core.recipe import FinetuneStep, PruneStep, Recipe, Target
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from bevel.pipeline.within import Timing
     from bevel.pruning.plan import PruningPlan
     from bevel.pruning.verify import Proof
 
@@ -61,8 +65,33 @@ Allocate = Annotated[
 Reduction = Annotated[
     str, typer.Option(help="mean, max, product or first: over all that goes with a channel.")
 ]
-Macs = Annotated[float | None, typer.Option(help="Share of the MACs that may remain.")]
-Params = Annotated[float | None, typer.Option(help="Share of the parameters that may remain.")]
+Macs = Annotated[str | None, typer.Option(help="MACs that may remain: 0.5, 50% or a number.")]
+Params = Annotated[str | None, typer.Option(help="Parameters that may remain, likewise.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="NAME=LIMIT",
+        help=f"What may remain of {', '.join(QUANTITIES)}, such as size_kb=300 or "
+        "latency_ms=40%. May be repeated: all hold.",
+    ),
+]
+BudgetTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="RUNTIME:PRECISION@DEVICE",
+        help="Where latency, size and memory count. Default: of the recipe, the first int8 "
+        "target or the first.",
+    ),
+]
+Ratios = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB=SHARE",
+        help="Share of the channels to remove by layer. May be repeated: later ones win.",
+    ),
+]
 Ratio = Annotated[
     float | None, typer.Option(help="Share of the channels to remove; instead of a budget.")
 ]
@@ -107,7 +136,10 @@ def prune(
     reduction: Reduction = "mean",
     macs: Macs = None,
     params: Params = None,
+    budget: Budgets = None,
+    target: BudgetTarget = None,
     ratio: Ratio = None,
+    ratios: Ratios = None,
     align: Align = "8",
     ignore: Ignore = None,
     recipe: RecipeOption = None,
@@ -123,13 +155,16 @@ def prune(
         criterion=criterion,
         allocate=allocate,
         reduction=reduction,
-        budget={"macs": macs, "params": params} if macs or params else None,
+        budget=networks.parse_budget(budget, {"macs": macs, "params": params}),
         ratio=ratio,
+        ratios=networks.parse_ratios(ratios),
         align=align,
         ignore=ignore or [],
     )
     source = networks.read_recipe(recipe, overrides, data=data, root=root)
-    _check_calibration(allocate, source)
+    if ratios is None:
+        _check_calibration(allocate, source)
+    place = _budget_target(step, source, networks.parse_target(target))
     with console.working(quiet_stdout=json):
         network = networks.open_network(
             model,
@@ -138,8 +173,10 @@ def prune(
             checkpoint=checkpoint,
             input_shape=input_shape,
         )
-        plan, proof = _prune_and_save(network, step, source, out, program=program)
+        plan, proof, timing = _prune_and_save(network, step, source, place, out, program=program)
     written = _written(out) | ({"program": str(out.with_suffix(".pt2"))} if program else {})
+    if timing is not None:
+        written |= {"latency": timing.model_dump(mode="json") | {"summary": str(timing)}}
     if json:
         console.print_json(_pruned_json(written, plan, proof))
     else:
@@ -160,29 +197,54 @@ def _check_calibration(allocate: str, source: Recipe | None) -> None:
         )
 
 
+def _budget_target(step: PruneStep, source: Recipe | None, target: Target | None) -> Target:
+    """Where latency, size and memory count.
+
+    Raises:
+        RecipeError: a latency is limited, and nothing says where.
+    """
+    if target is not None:
+        return target
+    if source is not None and source.name != networks.COMMAND_LINE:
+        from bevel.pipeline.planning import budget_target
+
+        return budget_target(source.targets)
+    if step.budget is not None and step.budget.latency_ms is not None:
+        raise RecipeError(
+            "latency_ms is measured on a target: give --target, such as onnxruntime:int8@local, or "
+            "--recipe"
+        )
+    return Target()
+
+
 def _prune_and_save(
-    network: networks.Network, step: PruneStep, source: Recipe | None, out: Path, *, program: bool
-) -> tuple[PruningPlan, Proof]:
+    network: networks.Network,
+    step: PruneStep,
+    source: Recipe | None,
+    target: Target,
+    out: Path,
+    *,
+    program: bool,
+) -> tuple[PruningPlan, Proof, Timing | None]:
     """Plan, slice, prove, and write the file; a file that was pruned before keeps its first plan.
 
     Returns:
-        The plan on the network as it was opened, and its proof.
+        The plan on the network as it was opened, its proof, and how its latency came about.
     """
     import bevel
+    from bevel.pipeline.planning import plan_step
 
     example = network.example()
-    plan = bevel.plan_pruning(
+    plan, timing = plan_step(
         network.net,
         example,
-        calibration=_validation(source, network.net),
-        seed=source.seed if source else 0,
-        criterion=step.criterion,
-        allocate=step.allocate,
-        reduction=step.reduction,
-        budget=step.budget.limits() if step.budget else None,
-        ratio=step.ratio,
+        step,
+        _validation(source, network.net),
+        target=target,
         align=_alignment(step, source),
-        ignore=step.ignore,
+        seed=source.seed if source else 0,
+        quantization=source.quantization if source else None,
+        images=_images(source, network.net),
     )
     pruned = bevel.prune(network.net, plan)
     proof = bevel.verify_pruning(network.net, pruned, plan, example)
@@ -196,7 +258,7 @@ def _prune_and_save(
         program=program,
         example_inputs=example,
     )
-    return plan, proof
+    return plan, proof, timing
 
 
 def _pruned_json(written: dict[str, Any], plan: PruningPlan, proof: Proof) -> dict[str, Any]:
@@ -218,6 +280,8 @@ def _say_pruned(written: dict[str, Any], plan: PruningPlan, proof: Proof) -> Non
         f"({plan.after.macs / plan.before.macs:.0%}), parameters {plan.before.params:,} -> "
         f"{plan.after.params:,} ({plan.after.params / plan.before.params:.0%})\n{_proven(proof)}"
     )
+    if "latency" in written:
+        console.print_text(written["latency"]["summary"])
     if "program" in written:
         console.print_text(f"{written['program']}: torch.export.load runs it without the code")
 
@@ -234,13 +298,16 @@ def _prune_step(**options: Any) -> PruneStep:
         return PruneStep.model_validate(options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = [part for part in first["loc"] if part in ("macs", "params", *options)]
+        path = [part for part in first["loc"] if part in (*QUANTITIES, *options)]
         option = f"--{path[-1]}: " if path else ""
         message = first["msg"].removeprefix("Value error, ")
         if path == ["align"]:
             message += f", got {options['align']}"
         elif not path:
-            message = "give --macs or --params (what may remain) or --ratio (what is removed)"
+            message = (
+                "give --macs, --params or --budget (what may remain) or --ratio (what is removed), "
+                "or --ratios by layer"
+            )
         raise RecipeError(f"{option}{message}") from error
 
 
@@ -250,7 +317,7 @@ def _alignment(step: PruneStep, source: Recipe | None) -> int:
         return step.align
     if source is None:
         raise RecipeError("--align auto asks the targets of a recipe: give --recipe, or a number")
-    from bevel.pipeline.flow import alignment
+    from bevel.pipeline.planning import alignment
 
     return alignment(step, source.targets)
 
@@ -357,6 +424,14 @@ def _validation(source: Recipe | None, net: nn.Module) -> Any:
         return None
     data = networks.fitting_data(source, net)
     return data.batches("validation", limit=source.calibration.images)
+
+
+def _images(source: Recipe | None, net: nn.Module) -> Callable[[], Iterable[Any]]:
+    """Training images for int8; without a recipe none: its times do not depend on the ranges."""
+    if source is None:
+        return tuple
+    data = networks.fitting_data(source, net)
+    return partial(data.batches, "train", limit=source.calibration.images)
 
 
 def _proven(proof: Proof) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from bevel.core import recipe as recipes
 from bevel.core.errors import BevelError, CheckpointError, ModelError, RecipeError, one_line
-from bevel.core.recipe import Recipe
+from bevel.core.recipe import Recipe, Target
 from bevel.core.userfile import is_user_function
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from bevel.rewriting.log import SurgeryLog
 
 SUFFIX = ".safetensors"
+COMMAND_LINE = "command-line"
+"""The name of a recipe that is made of options: only its data was given."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,61 @@ def parse_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def parse_target(text: str | None) -> Target | None:
+    """`onnxruntime:int8@local` as a recipe's target.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if text is None:
+        return None
+    what, _, device = text.partition("@")
+    runtime, _, precision = what.partition(":")
+    given = {"runtime": runtime, "precision": precision or "float32", "device": device or "local"}
+    try:
+        return Target.model_validate(given)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"]
+        raise RecipeError(
+            f"--target {text}: {message}; expected RUNTIME:PRECISION@DEVICE, such as "
+            "onnxruntime:int8@local"
+        ) from error
+
+
+def parse_budget(
+    pairs: Sequence[str] | None, shares: Mapping[str, str | None]
+) -> dict[str, str] | None:
+    """`NAME=LIMIT` pairs and the options of their own, as a recipe's budget; None without any.
+
+    Raises:
+        RecipeError: a pair is not of that form, or a limit is given twice.
+    """
+    found = {name: value for name, value in shares.items() if value is not None}
+    for pair in pairs or ():
+        name, equals, limit = (part.strip() for part in pair.partition("="))
+        if not equals or not limit:
+            raise RecipeError(f"--budget {pair}: expected NAME=LIMIT, such as latency_ms=40%")
+        if name in found:
+            raise RecipeError(f"--budget {pair}: {name} is limited to {found[name]} already")
+        found[name] = limit
+    return found or None
+
+
+def parse_ratios(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    """`GLOB=SHARE` pairs as a recipe's ratios; None without any.
+
+    Raises:
+        RecipeError: a pair is not of that form.
+    """
+    found = {}
+    for pair in pairs or ():
+        glob, equals, share = pair.rpartition("=")
+        if not equals or not glob:
+            raise RecipeError(f"--ratios {pair}: expected GLOB=SHARE, such as layer1.*=0.25")
+        found[glob] = share
+    return found or None
+
+
 def read_recipe(
     path: Path | None,
     overrides: Sequence[str] | None,
@@ -173,7 +231,7 @@ def read_recipe(
     return recipes.validate(
         {
             "version": 1,
-            "name": "command-line",
+            "name": COMMAND_LINE,
             "model": {"name": "given"},
             "data": section,
             "steps": [{"prune": {"ratio": 0.5}}],

@@ -65,7 +65,7 @@ def surgery(
     json: Json = False,
 ) -> None:
     """Replace layers that are dear on embedded processors by cheap ones; then train the result."""
-    place = _target(target)
+    place = networks.parse_target(target)
     if rules == "auto" and place is None:
         raise RecipeError("--rules auto keeps what saves time: give --target, to measure it there")
     if out is None and not dry_run:
@@ -138,31 +138,6 @@ def _operate(
 def _rules(text: str) -> str | Sequence[str]:
     """A set's name, or names of rules."""
     return [name.strip() for name in text.split(",")] if "," in text else text
-
-
-def _target(text: str | None) -> Target | None:
-    """`onnxruntime:int8@local` as a recipe's target.
-
-    Raises:
-        RecipeError: it is none.
-    """
-    if text is None:
-        return None
-    from pydantic import ValidationError
-
-    from bevel.core.recipe import Target
-
-    what, _, device = text.partition("@")
-    runtime, _, precision = what.partition(":")
-    given = {"runtime": runtime, "precision": precision or "float32", "device": device or "local"}
-    try:
-        return Target.model_validate(given)
-    except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"]
-        raise RecipeError(
-            f"--target {text}: {message}; expected RUNTIME:PRECISION@DEVICE, such as "
-            "onnxruntime:int8@local"
-        ) from error
 
 
 def _say(lite: Lite, found: Sequence[Payoff]) -> None:

@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from bevel.core.errors import RecipeError, one_line, suggestion
+from bevel.core.limits import QUANTITIES, Amount, parse_limit
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class ModelSection(Section):
@@ -179,21 +186,38 @@ class QatStep(FinetuneStep):
     )
 
 
-class Budget(Section):
-    """What may remain, as a fraction of the original: all that are given must hold."""
+def _limit(written: object, info: ValidationInfo) -> object:
+    """As it was written, if it is a limit of the field's quantity."""
+    parse_limit(str(info.field_name), written)
+    return written
 
-    macs: Fraction | None = None
-    params: Fraction | None = None
+
+Limited = Annotated[float | str, BeforeValidator(_limit)] | None
+
+
+class Budget(Section):
+    """What may remain: all that are given must hold.
+
+    A number up to 1, or a percentage, is a share of the original; a number above 1, or one with
+    its unit, is an amount: 0.5, 40 %, 300, 0.8 ms.
+    """
+
+    macs: Limited = Field(default=None, description=QUANTITIES["macs"])
+    params: Limited = Field(default=None, description=QUANTITIES["params"])
+    size_kb: Limited = Field(default=None, description=QUANTITIES["size_kb"])
+    peak_memory_kb: Limited = Field(default=None, description=QUANTITIES["peak_memory_kb"])
+    latency_ms: Limited = Field(default=None, description=QUANTITIES["latency_ms"])
 
     @model_validator(mode="after")
     def something(self) -> Budget:
         """An empty budget is no request."""
-        if self.macs is None and self.params is None:
-            raise ValueError("a budget needs macs, params or both, such as macs: 0.5")
+        if not self.limits():
+            known = ", ".join(QUANTITIES)
+            raise ValueError(f"a budget needs at least one of {known}, such as macs: 0.5")
         return self
 
-    def limits(self) -> dict[str, float]:
-        """The given limits by name."""
+    def limits(self) -> dict[str, Amount]:
+        """The given limits by name, as they are written."""
         return {name: value for name, value in self if value is not None}
 
 
@@ -210,6 +234,11 @@ class PruneStep(Section):
     budget: Budget | None = Field(default=None, description="what may remain: macs: 0.5")
     ratio: float | None = Field(
         default=None, gt=0, lt=1, description="what is removed: share of the channels"
+    )
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="what is removed by module name (globs; later ones win): layer1.*: 0.25",
     )
     align: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=8,
@@ -235,9 +264,12 @@ class PruneStep(Section):
 
     @model_validator(mode="after")
     def one_request(self) -> PruneStep:
-        """Exactly one of budget and ratio."""
-        if (self.budget is None) == (self.ratio is None):
-            raise ValueError("give either budget (what may remain) or ratio (what is removed)")
+        """Exactly one of budget, ratio and ratios."""
+        if [self.budget, self.ratio, self.ratios].count(None) != 2:
+            raise ValueError(
+                "give either budget (what may remain) or ratio (what is removed), or ratios by "
+                "layer"
+            )
         return self
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bevel.core.cache import cache_folder
 from bevel.core.errors import MeasurementError
 from bevel.core.records import DeviceFacts
 from bevel.devices import Device, result_of
@@ -35,8 +35,7 @@ PACKAGES = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert"}
 
 def connect(rest: str) -> Device:
     """The emulator with its files in the folder `rest`; see `bevel.devices.Place`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = Path(rest).expanduser() if rest else cache / "bevel" / "qemu-aarch64"
+    folder = Path(rest).expanduser() if rest else cache_folder() / "qemu-aarch64"
     if set(str(folder.absolute())) & set(",:"):  # they part the emulator's variables and paths
         raise MeasurementError(f"qemu-aarch64 needs a folder without commas and colons: {folder}")
     return QemuDevice(f"qemu-aarch64:{rest}" if rest else "qemu-aarch64", folder)

@@ -33,11 +33,12 @@ class Length:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """`factor` times the product of lengths; `module` says where."""
+    """`factor` times the product of lengths; `module` says where, `tensor` of which parameter."""
 
     module: str
     factor: float
     lengths: tuple[Length, ...]
+    tensor: str = ""
 
     def at(self, shares: np.ndarray) -> float:
         """The value with these kept shares per group."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from bevel.core.errors import ModelError
@@ -17,6 +19,7 @@ from bevel.core.records import Cost
 from bevel.graph.cost import Term, Total
 from bevel.graph.grouping import Axis, ChannelGroup, Grouping
 from bevel.graph.hardwired import PassChangedError, follow_sizes
+from bevel.graph.lifetimes import Buffer, buffers
 from bevel.graph.ops import FRAME_HANDLERS, handler
 from bevel.graph.propagate import Extent, Mark, Propagation, propagate
 from bevel.graph.record import ExampleInputs, batch_size, record
@@ -69,12 +72,23 @@ class AxisReport:
 
 
 @dataclass(frozen=True, eq=False)
+class Activation:
+    """A tensor of the pass: its elements for one image, and the calls that it is alive in."""
+
+    elements: Term
+    dtype: torch.dtype
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis:
     """What can be removed from a network, what cannot and why, and what it all costs."""
 
     groups: tuple[ChannelGroup, ...]
     macs: tuple[Term, ...]
     params: tuple[Term, ...]
+    activations: tuple[Activation, ...]
     attributes: tuple[SizeAttribute, ...]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
@@ -177,7 +191,18 @@ def analyze(
                     ) from error
             else:
                 break
-        return _analysis(net, state, grouping, batch_size(example_inputs))
+        return _analysis(net, state, grouping, buffers(recording), batch_size(example_inputs))
+
+
+def _activation(state: Propagation, grouping: Grouping, buffer: Buffer, batch: int) -> Activation:
+    value = buffer.value
+    factor, lengths = math.prod(value.shape) / batch, []
+    for dim in range(len(value.shape)):
+        extents = state.extents(state.layers.get(value.index, []), dim)
+        if extents:
+            factor /= extents[0].ids.size
+            lengths.append(grouping.length(extents[0]))
+    return Activation(Term("", factor, tuple(lengths)), value.dtype, buffer.first, buffer.last)
 
 
 def _ignore(state: Propagation, ignore: Sequence[str]) -> None:
@@ -189,7 +214,13 @@ def _ignore(state: Propagation, ignore: Sequence[str]) -> None:
             state.frozen.append(Mark(ids[ids != 0], f"ignored on request ('{pattern}')"))
 
 
-def _analysis(net: nn.Module, state: Propagation, grouping: Grouping, batch: int) -> Analysis:
+def _analysis(
+    net: nn.Module,
+    state: Propagation,
+    grouping: Grouping,
+    held: Sequence[Buffer],
+    batch: int,
+) -> Analysis:
     macs = tuple(
         Term(term.module, term.factor / batch, tuple(map(grouping.length, term.extents)))
         for term in state.costs
@@ -202,7 +233,7 @@ def _analysis(net: nn.Module, state: Propagation, grouping: Grouping, batch: int
         for dim, _ in live:
             factor /= parameter.shape[dim]
         lengths = tuple(grouping.length(Extent(ids)) for _, ids in live)
-        params.append(Term(name.rpartition(".")[0], factor, lengths))
+        params.append(Term(name.rpartition(".")[0], factor, lengths, name))
     attributes = tuple(
         SizeAttribute(site.module, site.attribute, *grouping.members(site.extents[0]))
         for site in state.sizes
@@ -211,6 +242,7 @@ def _analysis(net: nn.Module, state: Propagation, grouping: Grouping, batch: int
         groups=tuple(grouping.groups),
         macs=macs,
         params=tuple(params),
+        activations=tuple(_activation(state, grouping, buffer, batch) for buffer in held),
         attributes=attributes,
         shapes={name: tuple(t.shape) for name, t in state.parameters.items()},
     )

@@ -155,7 +155,23 @@ def _latencies(
     if place.emulated or "latency" not in place.tasks:
         return [None] * len(subjects)
     for _ in track([None], "time for one image", 1):
-        result = place.run(*_job("latency", subjects), threads=threads)
+        found = time_in_turn(place, subjects, threads)
+    return found
+
+
+def time_in_turn(
+    place: Device, subjects: Sequence[Subject], threads: int, seconds: float | None = None
+) -> list[Latency]:
+    """The time for one image of each file, in one fresh process that runs all in turn.
+
+    Args:
+        place: where.
+        subjects: the files.
+        threads: that the runtime may use.
+        seconds: for each file, though it runs at least 100 times; None: as the runner has it.
+    """
+    job, files = _job("latency", subjects)
+    result = place.run(job | ({"seconds": seconds} if seconds else {}), files, threads=threads)
     return [
         Latency(samples_ms=[round(ms, 6) for ms in samples], warmup_runs=result["warmup_runs"])
         for samples in result["samples_ms"]

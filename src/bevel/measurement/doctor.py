@@ -206,6 +206,11 @@ def _expected(other: Session | nn.Module, arrays: Sequence[np.ndarray]) -> np.nd
     return first
 
 
+def profiled(artifact: Artifact, threads: int = 1) -> list[Operator]:
+    """The file's operators in order, with times where its runtime has a profiler here."""
+    return _operators(artifact, random_inputs(artifact, 1), threads)
+
+
 def _operators(
     artifact: Artifact, arrays: Sequence[np.ndarray] | None, threads: int
 ) -> list[Operator]:

@@ -7,7 +7,7 @@ library, numpy and the artifacts' runtimes, and Python 3.10; `bevel.devices._bun
 
 | task | needs | result |
 | --- | --- | --- |
-| latency | subjects | samples_ms: a list per subject, warmup_runs |
+| latency | subjects; seconds for each, if not 3 | samples_ms: a list per subject, warmup_runs |
 | memory | one subject | peak_memory_bytes |
 | predict | subjects, images: name of a .npy file (N, C, H, W) | outputs: an array per subject |
 | facts | runtime, or null | the hardware, and the runtime's version |
@@ -100,9 +100,10 @@ def _latency(job: Job) -> Result:
         for _ in range(WARMUP_RUNS):
             session.run(inputs)
     samples: list[list[float]] = [[] for _ in subjects]
+    enough = job.get("seconds", LEAST_SECONDS) * len(subjects)
     begun = time.perf_counter()
     for rounds in range(MOST_RUNS):
-        if rounds >= LEAST_RUNS and time.perf_counter() - begun >= LEAST_SECONDS * len(subjects):
+        if rounds >= LEAST_RUNS and time.perf_counter() - begun >= enough:
             break
         for (session, inputs), times in zip(subjects, samples, strict=True):
             start = time.perf_counter_ns()

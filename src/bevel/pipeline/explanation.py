@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bevel.core import plugins
 from bevel.core.errors import DataError
+from bevel.core.limits import parse_limit
 from bevel.core.modes import evaluating
 from bevel.core.recipe import PruneStep, Recipe, ResizeStep, SurgeryStep, TrainStep
 from bevel.core.records import Cost, Record
@@ -19,7 +20,8 @@ from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
-from bevel.pipeline.flow import alignment, check_names, plan_step
+from bevel.pipeline.flow import check_names
+from bevel.pipeline.planning import alignment, budget_target, plan_step
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
 from bevel.pruning.scoring import score_groups
 
@@ -54,7 +56,7 @@ class Explanation(Record):
     input_shape: list[int]
     original: Cost
     planned: Cost | None
-    """After the first prune step, where that needs no measuring of held-out images."""
+    """After the first prune step, where that needs no measuring, of images or of latency."""
     groups: list[GroupLine]
     steps: list[StepLine]
     targets: list[str]
@@ -91,7 +93,7 @@ class Explanation(Record):
             original=analysis.cost(),
             planned=planned,
             groups=groups,
-            steps=_Clock(recipe, net, example, data, groups).lines(),
+            steps=_Clock(recipe, net, example, data, groups, analysis.cost().macs).lines(),
             targets=[f"{target}, {target.threads} thread(s)" for target in recipe.targets],
             warnings=warnings,
         )
@@ -153,9 +155,19 @@ def _planned(
     if step is None:
         return None
     allocator: Allocator = plugins.load("allocators", step.allocate)
-    if allocator.NEEDS_CALIBRATION:
+    measured = step.budget is not None and step.budget.latency_ms is not None
+    if measured or (allocator.NEEDS_CALIBRATION and step.ratios is None):
         return None
-    return plan_step(net, example, step, None, recipe).after
+    plan, _ = plan_step(
+        net,
+        example,
+        step,
+        None,
+        target=budget_target(recipe.targets),
+        align=alignment(step, recipe.targets),
+        seed=recipe.seed,
+    )
+    return plan.after
 
 
 def _groups(
@@ -207,9 +219,10 @@ class _Clock:
         example: Tensor,
         data: Data | None,
         groups: list[GroupLine],
+        macs: int,
     ) -> None:
-        self.recipe, self.net, self.data, self.groups = recipe, net, data, groups
-        self.pixels = math.prod(example.shape[2:])
+        self.recipe, self.net, self.data = recipe, net, data
+        self.groups, self.macs, self.pixels = groups, macs, math.prod(example.shape[2:])
         batch = example[:1].expand(min(recipe.data.batch_size, 32), *example.shape[1:]).contiguous()
         self.forward_s = _timed(lambda: self._forward(batch)) / len(batch)
         self.train_s = _timed(lambda: self._backward(batch)) / len(batch)
@@ -224,7 +237,7 @@ class _Clock:
                 what = _describe(settings, alignment(settings, self.recipe.targets))
                 lines.append(StepLine(verb="prune", what=what, seconds=self._pruning(settings)))
                 if settings.budget is not None and settings.budget.macs is not None:
-                    share *= settings.budget.macs
+                    share *= parse_limit("macs", settings.budget.macs).of(self.macs)
             elif isinstance(settings, SurgeryStep):
                 rules = settings.rules
                 what = rules if isinstance(rules, str) else ", ".join(rules)
@@ -294,8 +307,10 @@ def _timed(work: Callable[[], None]) -> float:
 def _describe(step: PruneStep, align: int) -> str:
     if step.budget is not None:
         request = ", ".join(
-            f"{name} <= {limit:.0%}" for name, limit in step.budget.limits().items()
+            f"{name} <= {parse_limit(name, limit)}" for name, limit in step.budget.limits().items()
         )
+    elif step.ratios is not None:
+        request = ", ".join(f"{ratio:.0%} of {glob}" for glob, ratio in step.ratios.items())
     else:
         request = f"{step.ratio:.0%} of the channels"
     scores = step.criterion + ("" if step.reduction == "mean" else f" ({step.reduction})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,15 +41,17 @@ from bevel.models import build
 from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import fall_back, train_for_int8
+from bevel.pipeline.planning import alignment, budget_target, plan_step
+from bevel.pipeline.within import Timing
 from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
-from bevel.pruning.planning import LabelledBatches, plan_pruning
+from bevel.pruning.sensitivity import FILE as SENSITIVITY
 from bevel.pruning.sparsity import growing, slimming
 from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
 from bevel.rewriting.reconstruction import Refit, reconstruct
-from bevel.runtimes import channel_step, export, load_runtime, open_artifact
+from bevel.runtimes import export, load_runtime, open_artifact
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""
@@ -158,7 +161,7 @@ class Flow:
             return self._restore(path, model.data)
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
-            model, numbers = self._prune(model, settings)
+            model, numbers = self._prune(model, settings, path.parent)
         elif isinstance(settings, ResizeStep):
             model, numbers = self._resize(model)
         elif isinstance(settings, SurgeryStep):
@@ -187,15 +190,19 @@ class Flow:
     def _train(
         self, name: str, verb: str, model: Model, settings: TrainStep, original: Model
     ) -> tuple[Model, Numbers]:
+        folder = self.folder.step_folder(name)
+        sparsity = None
+        if isinstance(settings, SparsifyStep):
+            sparsity = self._penalty(model, settings, folder)
         trained = finetune(
             model.net,
             model.data,
             settings,
             seed=self.recipe.seed,
             teacher=original.net if settings.distill is not None else None,
-            folder=self.folder.step_folder(name) / "training",
+            folder=folder / "training",
             label=verb,
-            penalty=self._penalty(model, settings) if isinstance(settings, SparsifyStep) else None,
+            penalty=sparsity,
         )
         numbers = {
             "history": trained.history,
@@ -204,15 +211,14 @@ class Flow:
         }
         return replace(model, net=trained.net, surgery=model.surgery.settled(trained.net)), numbers
 
-    def _penalty(self, model: Model, settings: SparsifyStep) -> Callable[..., None]:
+    def _penalty(self, model: Model, settings: SparsifyStep, folder: Path) -> Callable[..., None]:
         """What draws channels to zero: those that the next prune step would remove now, or all."""
         if settings.penalty == "slimming":
             return slimming(settings.strength or SLIMMING)
         steps = iter(self.recipe.steps)
         next(step for step in steps if step.settings is settings)
         following = next(step.prune for step in steps if step.prune is not None)
-        held_out = model.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, model.example, following, held_out, self.recipe)
+        plan, _ = self._plan(model, following, folder)
         return growing(model.net, plan, settings.strength or GROWING)
 
     def _train_for_int8(
@@ -262,9 +268,25 @@ class Flow:
         log = SurgeryLog(actions=actions)
         return replace(model, net=lite.net, plan=plan, surgery=log), numbers
 
-    def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
-        held_out = model.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, model.example, settings, held_out, self.recipe)
+    def _plan(
+        self, model: Model, settings: PruneStep, folder: Path
+    ) -> tuple[PruningPlan, Timing | None]:
+        """What a prune step asks for; `folder` is where it keeps what it measures."""
+        return plan_step(
+            model.net,
+            model.example,
+            settings,
+            model.data.batches("validation", limit=self.recipe.calibration.images),
+            target=budget_target(self.recipe.targets),
+            align=alignment(settings, self.recipe.targets),
+            seed=self.recipe.seed,
+            quantization=self.recipe.quantization,
+            images=lambda: self._calibration(model),
+            folder=folder,
+        )
+
+    def _prune(self, model: Model, settings: PruneStep, folder: Path) -> tuple[Model, Numbers]:
+        plan, timing = self._plan(model, settings, folder)
         pruned = prune(model.net, plan)
         images = model.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
@@ -289,6 +311,10 @@ class Flow:
             "validation_top1_before": before,
             "validation_top1": self._validate(replace(model, net=pruned)),
         }
+        if timing is not None:
+            numbers["latency"] = timing.model_dump(mode="json") | {"summary": str(timing)}
+        if (folder / SENSITIVITY).exists():
+            numbers["sensitivity"] = json.loads((folder / SENSITIVITY).read_text(encoding="utf-8"))
         return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
 
     def _mend(
@@ -402,36 +428,6 @@ def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
         found |= {(label, target.runtime, "float32"): None for target in targets}
     found |= {("compressed", target.runtime, target.precision): None for target in targets}
     return list(found)
-
-
-def plan_step(
-    net: nn.Module,
-    example: Tensor,
-    settings: PruneStep,
-    calibration: LabelledBatches | None,
-    recipe: Recipe,
-) -> PruningPlan:
-    """The plan that a prune step of a recipe asks for."""
-    return plan_pruning(
-        net,
-        example,
-        criterion=settings.criterion,
-        allocate=settings.allocate,
-        reduction=settings.reduction,
-        ratio=settings.ratio,
-        budget=settings.budget.limits() if settings.budget else None,
-        align=alignment(settings, recipe.targets),
-        ignore=settings.ignore,
-        calibration=calibration,
-        seed=recipe.seed,
-    )
-
-
-def alignment(settings: PruneStep, targets: Sequence[Target]) -> int:
-    """The number that widths become multiples of; `auto` asks the targets' runtimes."""
-    if settings.align == "auto":
-        return channel_step((target.runtime, target.precision) for target in targets)
-    return settings.align
 
 
 def check_names(recipe: Recipe) -> None:

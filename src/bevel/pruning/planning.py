@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from bevel.core import plugins
-from bevel.core.errors import PruningError
+from bevel.core.errors import PruningError, suggestion
 from bevel.core.garbage import without_collection
+from bevel.core.limits import QUANTITIES, Amount, Limit, parse_limit
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
+from bevel.pruning.given import given
 from bevel.pruning.plan import PruningPlan, make_plan
+from bevel.pruning.quantities import KNOWN, WEIGHT_BYTES, Build, Quantity
 from bevel.pruning.scoring import check_reduction, score_groups
 from bevel.pruning.sensitivity import Sensitivity
 
@@ -32,11 +36,15 @@ def plan_pruning(
     allocate: str = "global",
     reduction: str = "mean",
     ratio: float | None = None,
-    budget: Mapping[str, float] | None = None,
+    ratios: Mapping[str, float] | None = None,
+    budget: Mapping[str, Amount] | None = None,
+    precision: str = "float32",
+    quantities: Mapping[str, Build] | None = None,
     align: int = 8,
     ignore: Sequence[str] = (),
     calibration: LabelledBatches | None = None,
     seed: int = 0,
+    folder: Path | str | None = None,
 ) -> PruningPlan:
     """Choose what to remove. The network is not changed.
 
@@ -48,7 +56,14 @@ def plan_pruning(
         reduction: how the scores of a group's members become one: mean, max, product (their
             geometric mean), or first (the producer's filters only, as pruning layer by layer does).
         ratio: what is removed, as a share of the prunable channels (0.5: half of them).
-        budget: what may remain, as fractions ({"macs": 0.5, "params": 0.6}); all must hold.
+        ratios: what is removed layer by layer: globs of module names, later ones over earlier ones,
+            with the share of the channels that goes ({"layer1.*": 0.25}); what none of them
+            matches stays whole, and there is nothing left to allocate.
+        budget: what may remain; all must hold. Numbers up to 1 and percentages are shares of the
+            original ({"macs": 0.5, "params": "60 %"}), other numbers amounts ({"size_kb": 300});
+            see `bevel.core.limits`.
+        precision: of the target, for `size_kb` and `peak_memory_kb`.
+        quantities: further ones that the budget may name, such as a measured latency.
         align: widths become multiples of this, by keeping the best extra channels; a group that
             is no wider keeps its width. Of attention heads it is the width of one head, and whole
             heads go one by one.
@@ -56,6 +71,8 @@ def plan_pruning(
         calibration: re-iterable batches of (images (N, C, H, W), labels (N,)), held out from
             training, for allocators that measure.
         seed: for criteria that draw random numbers.
+        folder: where allocators that measure keep what they measured (`sensitivity.json`), so
+            that a killed call goes on; None: nowhere.
 
     Raises:
         PruningError: the request contradicts itself or cannot be met; says what can be, in
@@ -63,13 +80,16 @@ def plan_pruning(
         UnknownNameError: no such criterion or allocator.
         ModelError: the network does not run on the example inputs.
     """
-    limits = _limits(ratio, budget)
+    known = {**KNOWN, **(quantities or {})}
+    asked, limits = _request(ratio, ratios, budget, known)
     allocator: Allocator = plugins.load("allocators", allocate)
     plugins.find("criteria", criterion)
     check_reduction(reduction)
+    if precision not in WEIGHT_BYTES:
+        raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
     if align < 1:
         raise PruningError(f"align is {align}, expected 1 or more")
-    if allocator.NEEDS_CALIBRATION and calibration is None:
+    if allocator.NEEDS_CALIBRATION and calibration is None and ratios is None:
         raise PruningError(
             f"the allocator '{allocate}' measures on held-out images: pass calibration"
         )
@@ -82,37 +102,75 @@ def plan_pruning(
         "align": align,
         "seed": seed,
     }
-    request |= {"ratio": ratio} if ratio is not None else {"budget": dict(budget or {})}
+    request |= asked
     groups = rank_all(analysis, scores, align)
-    open_groups = [group for group in groups if len(group.levels) > 1]
     notes = _notes(analysis, _reasons(analysis, groups, criterion))
-    problem = Problem(analysis, open_groups, limits, notes=notes)
-    if allocator.NEEDS_CALIBRATION and calibration is not None:
-        degradation = Sensitivity(net, analysis, calibration)
-        problem = dataclasses.replace(problem, degradation=degradation)
-    kept = allocator.allocate(problem)
-    keep = {g.index: g.keep_mask(int(k)) for g, k in zip(open_groups, kept, strict=True)}
+    if ratios is not None:
+        kept = given(analysis, groups, ratios)
+    else:
+        groups = [group for group in groups if len(group.levels) > 1]
+        built = {name: known[name](analysis, precision) for name in limits if name in known}
+        problem = _problem(analysis, groups, limits, built, notes)
+        if allocator.NEEDS_CALIBRATION and calibration is not None:
+            where = Path(folder) if folder is not None else None
+            degradation = Sensitivity(net, analysis, groups, calibration, where)
+            problem = dataclasses.replace(problem, degradation=degradation)
+        kept = allocator.allocate(problem)
+    keep = {g.index: g.keep_mask(int(k)) for g, k in zip(groups, kept, strict=True)}
     return make_plan(analysis, keep, request=request, notes=notes)
 
 
-def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str, float]:
-    if (ratio is None) == (budget is None):
-        raise PruningError("give either ratio (what is removed) or budget (what may remain)")
+def _problem(
+    analysis: Analysis,
+    groups: Sequence[RankedGroup],
+    limits: Mapping[str, Limit],
+    quantities: Mapping[str, Quantity],
+    notes: Sequence[str],
+) -> Problem:
+    """The allocator's problem, with all limits as shares of what the network has."""
+    full = analysis.full()
+    shares = {
+        name: limit.of(quantities[name].at(full)) if name in quantities else limit.value
+        for name, limit in limits.items()
+    }
+    return Problem(analysis, groups, shares, notes=notes, quantities=quantities)
+
+
+def _request(
+    ratio: float | None,
+    ratios: Mapping[str, float] | None,
+    budget: Mapping[str, Amount] | None,
+    known: Collection[str],
+) -> tuple[dict[str, Any], dict[str, Limit]]:
+    """What was asked, as the plan records it, and as limits; of ratios by layer there are none."""
+    if [ratio, ratios, budget].count(None) != 2:
+        raise PruningError(
+            "give either ratio (what is removed) or budget (what may remain), or ratios by layer"
+        )
+    if ratios is not None:
+        return {"ratios": dict(ratios)}, {}
     if ratio is not None:
         if not 0 < ratio < 1:
             raise PruningError(f"ratio is {ratio}, expected a share between 0 and 1")
-        return {"channels": 1 - ratio}
-    limits = dict(budget or {})
-    if not limits:
-        raise PruningError("the budget is empty, expected macs, params or both")
-    for name, limit in limits.items():
-        if name not in ("macs", "params"):
-            raise PruningError(f"no budget called '{name}'. Available: macs, params.")
-        if not 0 < limit <= 1:
-            raise PruningError(
-                f"the {name} budget is {limit}, expected a fraction above 0, up to 1"
-            )
-    return limits
+        return {"ratio": ratio}, {"channels": Limit(1 - ratio, share=True)}
+    written = dict(budget or {})
+    if not written:
+        raise PruningError(f"the budget is empty, expected one or more of {', '.join(known)}")
+    return {"budget": written}, {name: _limit(name, v, known) for name, v in written.items()}
+
+
+def _limit(name: str, written: Amount, known: Collection[str]) -> Limit:
+    if name in QUANTITIES and name not in known:
+        raise PruningError(
+            f"the {name} budget is measured on a target: use a recipe, bevel prune --target, or "
+            "bevel.plan_within"
+        )
+    if name not in known:
+        raise PruningError(f"no budget called '{name}'. {suggestion(name, known)}")
+    try:
+        return parse_limit(name, written)
+    except ValueError as error:
+        raise PruningError(f"the {name} budget is {written}, {error}") from error
 
 
 def _reasons(analysis: Analysis, ranked: Sequence[RankedGroup], criterion: str) -> dict[int, str]:

@@ -17,8 +17,9 @@ from typing import Protocol
 import numpy as np
 
 from bevel.core.errors import PruningError, one_line
-from bevel.graph.cost import Total
+from bevel.core.limits import unit_of
 from bevel.graph.couplings import Analysis, ChannelGroup
+from bevel.pruning.quantities import Macs, Params, Quantity
 
 LAST_SHARE = 0.1
 """Every group keeps at least this share of its channels."""
@@ -139,6 +140,9 @@ def rank_all(analysis: Analysis, scores: Mapping[int, np.ndarray], align: int) -
     ]
 
 
+Degradation = Callable[[Sequence[tuple[RankedGroup, int]]], Sequence[float]]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """What an allocator is asked.
@@ -146,20 +150,24 @@ class Problem:
     Attributes:
         analysis: the network.
         groups: the groups that may shrink.
-        limits: what may remain as fractions of the original: "macs", "params", "channels".
-        degradation: for a ranked group and a number of kept rows, how much worse the network is
-            with only that group pruned; None without calibration data.
+        limits: what may remain as fractions of the original, by the quantity's name; "channels" are
+            those of `groups`.
+        degradation: for ranked groups, each with a number of kept rows, how much worse the
+            network is with only that group pruned; those of one call are measured side by side.
+            None without calibration data.
         notes: what stays whole and why, dearest first; for the error where the limits cannot be
             met.
+        quantities: what the limits are on, where it is not MACs or parameters.
     """
 
     analysis: Analysis
     groups: Sequence[RankedGroup]
     limits: Mapping[str, float]
-    degradation: Callable[[RankedGroup, int], float] | None = None
+    degradation: Degradation | None = None
     notes: Sequence[str] = ()
-    _costs: dict[str, _Cost] = field(init=False, default_factory=dict)
-    _shares: np.ndarray = field(init=False)
+    quantities: Mapping[str, Quantity] = field(default_factory=dict)
+    _original: dict[str, float] = field(init=False, default_factory=dict)
+    _full: np.ndarray = field(init=False)
     _indices: np.ndarray = field(init=False)
     _blocks: np.ndarray = field(init=False)
     _sizes: np.ndarray = field(init=False)
@@ -169,7 +177,12 @@ class Problem:
             return np.array(values, dtype=np.int64)
 
         found = {
-            "_shares": self.analysis.shares(self.analysis.full()),
+            "_full": self.analysis.full(),
+            "quantities": {
+                "macs": Macs(self.analysis, ""),
+                "params": Params(self.analysis, ""),
+                **self.quantities,
+            },
             "_indices": numbers([group.index for group in self.groups]),
             "_blocks": numbers([group.rows.shape[1] for group in self.groups]),
             "_sizes": numbers([group.rows.size for group in self.groups]),
@@ -183,19 +196,25 @@ class Problem:
 
     def fraction(self, name: str, kept: np.ndarray) -> float:
         """What remains of one quantity, as a fraction of the original."""
-        units = np.asarray(kept) * self._blocks
+        units = np.asarray(kept, dtype=np.int64) * self._blocks
         if name == "channels":
             return float(units.sum() / max(self._sizes.sum(), 1))
-        if name not in self._costs:
-            macs, params = self.analysis.totals
-            self._costs[name] = _Cost(macs if name == "macs" else params, self._shares)
-        shares = self._shares.copy()
-        shares[self._indices] = units / self._sizes
-        return self._costs[name].fraction(shares)
+        return self._amount(name, units) / self.original(name)
+
+    def original(self, name: str) -> float:
+        """How much of a quantity there is when nothing is removed."""
+        if name not in self._original:
+            self._original[name] = max(self.quantities[name].at(self._full), 1e-9)
+        return self._original[name]
+
+    def _amount(self, name: str, units: np.ndarray) -> float:
+        kept = self._full.copy()
+        kept[self._indices] = units
+        return self.quantities[name].at(kept)
 
     def fractions(self, kept: np.ndarray) -> dict[str, float]:
         """What remains of each quantity, as fractions of the original."""
-        return {name: self.fraction(name, kept) for name in ("macs", "params", "channels")}
+        return {name: self.fraction(name, kept) for name in (*self.quantities, "channels")}
 
     def meets(self, kept: np.ndarray) -> bool:
         """Whether every limit holds."""
@@ -211,16 +230,25 @@ class Problem:
         Raises:
             PruningError: not even the last does.
         """
+        found = self.first_threshold(candidates, at)
+        if found is None:
+            raise self._unreachable(at(candidates[-1]) if len(candidates) else self.all_kept())
+        return at(found)
+
+    def first_threshold(
+        self, candidates: Sequence[float], at: Callable[[float], np.ndarray]
+    ) -> float | None:
+        """The first candidate that meets the limits; None if not even the last does."""
         low, high = 0, len(candidates) - 1
         if high < 0 or not self.meets(at(candidates[high])):
-            raise self._unreachable(at(candidates[high]) if high >= 0 else self.all_kept())
+            return None
         while low < high:
             middle = (low + high) // 2
             if self.meets(at(candidates[middle])):
                 high = middle
             else:
                 low = middle + 1
-        return at(candidates[low])
+        return candidates[low]
 
     def refill(self, kept: np.ndarray, worth: Callable[[RankedGroup, int], float]) -> np.ndarray:
         """Give back what the limits still allow, the most worthwhile first.
@@ -252,8 +280,8 @@ class Problem:
     def _unreachable(self, kept: np.ndarray) -> PruningError:
         """Why the limits cannot be met: what can be reached, and the dearest reasons."""
         fractions = self.fractions(kept)
-        asked = ", ".join(f"{name} <= {100 * limit:.3g}%" for name, limit in self.limits.items())
-        reach = ", ".join(f"{name} {100 * fractions[name]:.3g}%" for name in self.limits)
+        asked = ", ".join(f"{n} <= {self._said(n, limit)}" for n, limit in self.limits.items())
+        reach = ", ".join(f"{name} {self._said(name, fractions[name])}" for name in self.limits)
         reasons = "; ".join(one_line(note, 130) for note in self.notes[:REASONS])
         more = len(self.notes) - REASONS
         reasons += f"; and {more} more" if more > 0 else ""
@@ -265,16 +293,11 @@ class Problem:
             reachable=fractions,
         )
 
-
-class _Cost:
-    """One quantity of the network, as `Analysis.cost` rounds it."""
-
-    def __init__(self, total: Total, shares: np.ndarray) -> None:
-        self._total, self._original = total, max(round(total.at(shares)), 1)
-
-    def fraction(self, shares: np.ndarray) -> float:
-        """What remains with these kept shares per group, as a fraction of the original."""
-        return round(self._total.at(shares)) / self._original
+    def _said(self, name: str, fraction: float) -> str:
+        """A fraction of a quantity, with the amount where it has a unit."""
+        unit = unit_of(name)
+        amount = f" ({fraction * self.original(name):.4g} {unit})" if unit else ""
+        return f"{100 * fraction:.3g}%{amount}"
 
 
 class Allocator(Protocol):

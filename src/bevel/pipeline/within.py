@@ -1,0 +1,198 @@
+"""A plan whose latency was measured: estimate, plan, measure the whole network, tighten, again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+
+from bevel.core.errors import PruningError
+from bevel.core.limits import Amount, Limit, parse_limit
+from bevel.core.progress import note
+from bevel.core.recipe import Quantization, Target
+from bevel.core.records import Record
+from bevel.graph.couplings import Analysis, analyze
+from bevel.measurement.latency import Latency, Table, measure_table
+from bevel.measurement.stopwatch import Stopwatch
+from bevel.pruning.allocate import rank_all
+from bevel.pruning.apply import prune
+from bevel.pruning.plan import PruningPlan
+from bevel.pruning.planning import plan_pruning
+
+LATENCY = "latency_ms"
+
+ROUNDS = 4
+"""So often a plan is made and measured before the request is refused."""
+
+MARGIN = 0.98
+"""What is aimed at, as a share of what is asked: the next measurement is not quite this one."""
+
+
+class Round(Record):
+    """One plan: what it was made for, what the table said, and what the target took for it.
+
+    `before_ms` is the uncut network's time in the same process.
+    """
+
+    aim: float
+    estimated_ms: float
+    before_ms: float
+    measured_ms: float
+
+    @property
+    def share(self) -> float:
+        """What is left of the time, as measured."""
+        return self.measured_ms / self.before_ms
+
+
+class Timing(Record):
+    """How the latency of a plan came about; the last round is the plan's."""
+
+    target: str
+    asked: str
+    rounds: list[Round] = Field(default_factory=list)
+
+    def __str__(self) -> str:
+        last = self.rounds[-1]
+        return (
+            f"{LATENCY} <= {self.asked} on {self.target}: {last.share:.1%} measured "
+            f"({last.measured_ms:.3g} of {last.before_ms:.3g} ms), "
+            f"{last.estimated_ms / last.before_ms:.1%} estimated"
+        )
+
+
+def plan_within(
+    net: nn.Module,
+    example: Tensor,
+    *,
+    budget: Mapping[str, Amount],
+    target: Target,
+    images: Iterable[Any] = (),
+    quantization: Quantization | None = None,
+    stopwatch: Stopwatch | None = None,
+    **request: Any,
+) -> tuple[PruningPlan, Timing]:
+    """A plan within a budget of which `latency_ms` is a part, as measured on the target.
+
+    Args:
+        net: the trained network.
+        example: images (N, C, H, W).
+        budget: as of `bevel.plan_pruning`.
+        target: where the time counts; its precision is that of `size_kb` and `peak_memory_kb` too.
+        images: batches for int8, which take their ranges from them.
+        quantization: how float becomes int8.
+        stopwatch: what times; None: the target itself.
+        request: the other arguments of `bevel.plan_pruning`.
+
+    Returns:
+        The plan, and how it was found.
+
+    Raises:
+        PruningError: the budget cannot be reached, or what was planned is not faster.
+        MeasurementError: the target gives no times.
+        ExportError: the network cannot be exported for it.
+    """
+    try:
+        limit = parse_limit(LATENCY, budget[LATENCY])
+    except ValueError as error:
+        raise PruningError(f"the {LATENCY} budget is {budget[LATENCY]}, {error}") from error
+    timing = Timing(target=str(target), asked=str(limit))
+    with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
+        analysis, table = _table(watch, net, example, request)
+        asked = limit.of(table.uncut_ms)
+        aim = MARGIN * asked if asked < 1 else 1.0
+        for _ in range(ROUNDS):
+            plan = _plan(net, example, {**budget, LATENCY: aim}, target, table, timing, request)
+            found = _measured(watch, net, plan, table, analysis, aim)
+            timing = timing.model_copy(update={"rounds": [*timing.rounds, found]})
+            note(str(timing))
+            if _holds(limit, found):
+                stated = {**plan.request, "budget": dict(budget)}
+                return plan.model_copy(update={"request": stated}), timing
+            aim *= min(MARGIN * limit.of(found.before_ms) / found.share, 1.0)
+    raise _refused(timing)
+
+
+def _table(
+    watch: Stopwatch, net: nn.Module, example: Tensor, request: Mapping[str, Any]
+) -> tuple[Analysis, Table]:
+    """The latency table; which channels of a group go does not matter for its times."""
+    analysis = analyze(net, example, ignore=request.get("ignore", ()))
+    scores = {index: np.zeros(group.size) for index, group in enumerate(analysis.groups)}
+    groups = [g for g in rank_all(analysis, scores, request.get("align", 8)) if len(g.levels) > 1]
+    return analysis, measure_table(watch, analysis, groups)
+
+
+def _plan(
+    net: nn.Module,
+    example: Tensor,
+    budget: Mapping[str, Amount],
+    target: Target,
+    table: Table,
+    timing: Timing,
+    request: Mapping[str, Any],
+) -> PruningPlan:
+    """The plan by the table.
+
+    Raises:
+        PruningError: by the table there is none; after a round, with what was measured then.
+    """
+    try:
+        return plan_pruning(
+            net,
+            example,
+            budget=budget,
+            precision=target.precision,
+            quantities={LATENCY: lambda analysis, _: Latency(analysis, table)},
+            **request,
+        )
+    except PruningError as error:
+        if timing.rounds and error.reachable:
+            raise _refused(timing, error.reachable) from error
+        raise
+
+
+def _measured(
+    watch: Stopwatch,
+    net: nn.Module,
+    plan: PruningPlan,
+    table: Table,
+    analysis: Analysis,
+    aim: float,
+) -> Round:
+    """The plan's network timed against the uncut one."""
+    units = analysis.full()
+    for group, cut in zip(
+        (i for i, g in enumerate(analysis.groups) if g.frozen is None), plan.groups, strict=True
+    ):
+        units[group] = cut.after
+    before, after = watch.compare(prune(net, plan))
+    estimated = Latency(analysis, table).at(units) * before / table.uncut_ms
+    return Round(aim=aim, estimated_ms=estimated, before_ms=before, measured_ms=after)
+
+
+def _holds(limit: Limit, found: Round) -> bool:
+    """Whether the limit holds as measured."""
+    return found.share <= limit.value if limit.share else found.measured_ms <= limit.value
+
+
+def _refused(timing: Timing, reachable: Mapping[str, float] | None = None) -> PruningError:
+    """What was reached instead, as measured."""
+    best = min(timing.rounds, key=lambda found: found.share)
+    reach = dict(reachable or {}) | {LATENCY: best.share}
+    if best.share >= 1:
+        said = (
+            f"the pruned network is not faster on {timing.target}: {best.measured_ms:.3g} ms "
+            f"against {best.before_ms:.3g} ms; its layers are too small there for their widths to "
+            "matter: take another target, runtime or align"
+        )
+        return PruningError(f"asked for {LATENCY} <= {timing.asked}, but {said}", reach)
+    return PruningError(
+        f"asked for {LATENCY} <= {timing.asked}, but only {100 * best.share:.3g}% "
+        f"({best.measured_ms:.3g} of {best.before_ms:.3g} ms) was reached as measured on "
+        f"{timing.target}, in {len(timing.rounds)} round(s); ask for that",
+        reach,
+    )
