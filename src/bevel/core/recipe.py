@@ -273,6 +273,39 @@ class PruneStep(Section):
         return self
 
 
+class IterateStep(Section):
+    """Prune and fine-tune in turns."""
+
+    prune: PruneStep = Field(
+        default=PruneStep(budget=Budget(macs=0.7)),
+        description="what to cut, by shares: in all rounds together; with max_accuracy_drop in "
+        "each round, of what the round before left",
+    )
+    finetune: FinetuneStep
+    rounds: int | None = Field(
+        default=None, ge=1, description="default 3; with max_accuracy_drop at most 10"
+    )
+    schedule: Literal["linear", "cubic"] = Field(
+        default="linear", description="how the cut is spread over the rounds; cubic: most at first"
+    )
+    max_accuracy_drop: float | None = Field(
+        default=None,
+        gt=0,
+        lt=100,
+        description="points of validation accuracy that may be lost: rounds go on, more gently "
+        "after one that lost too much, and the smallest network that holds is kept",
+    )
+
+    @model_validator(mode="after")
+    def something_that_rounds_can_share(self) -> IterateStep:
+        """Ratios by layer are one cut, and rounds that back off need a budget to do it with."""
+        if self.prune.ratios is not None:
+            raise ValueError("rounds take a budget or a ratio, not ratios by layer")
+        if self.max_accuracy_drop is not None and self.prune.budget is None:
+            raise ValueError("with max_accuracy_drop, give a budget: what each round leaves")
+        return self
+
+
 class SurgeryStep(Section):
     """Replace layers that are dear on embedded processors by cheap ones."""
 
@@ -292,8 +325,12 @@ class ResizeStep(Section):
     size: int = Field(ge=1, description="square side in pixels")
 
 
-StepSettings = TrainStep | PruneStep | SurgeryStep | ResizeStep
+StepSettings = TrainStep | PruneStep | IterateStep | SurgeryStep | ResizeStep
 """What a step holds under its verb."""
+
+
+TRAINING = ("train", "sparsify", "iterate", "finetune")
+"""Verbs of steps after which nothing fades any more."""
 
 
 class Step(Section):
@@ -305,6 +342,7 @@ class Step(Section):
         "surgery",
         "sparsify",
         "prune",
+        "iterate",
         "finetune",
         "qat",
     )
@@ -314,6 +352,7 @@ class Step(Section):
     surgery: SurgeryStep | None = None
     sparsify: SparsifyStep | None = None
     prune: PruneStep | None = None
+    iterate: IterateStep | None = None
     finetune: FinetuneStep | None = None
     qat: QatStep | None = None
 
@@ -329,6 +368,11 @@ class Step(Section):
     def verb(self) -> str:
         """Which step this is."""
         return next(verb for verb in self.VERBS if getattr(self, verb) is not None)
+
+    @property
+    def pruning(self) -> PruneStep | None:
+        """What it removes, if it removes anything."""
+        return self.iterate.prune if self.iterate is not None else self.prune
 
     @property
     def settings(self) -> StepSettings:
@@ -428,8 +472,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def surgery_before_pruning(self) -> Recipe:
         """A plan is on what surgery has made."""
-        verbs = [step.verb for step in self.steps]
-        if "prune" in verbs and "surgery" in verbs[verbs.index("prune") :]:
+        pruned = [step.pruning is not None for step in self.steps]
+        first = pruned.index(True) if any(pruned) else len(pruned)
+        if any(step.surgery is not None for step in self.steps[first:]):
             raise ValueError("surgery comes before the first prune step")
         return self
 
@@ -439,7 +484,7 @@ class Recipe(Section):
         for number, step in enumerate(self.steps):
             rest = self.steps[number + 1 :]
             growing = step.sparsify is not None and step.sparsify.penalty == "growing"
-            if growing and not any(later.prune is not None for later in rest):
+            if growing and not any(later.pruning is not None for later in rest):
                 raise ValueError("a sparsify step needs a prune step after it")
         return self
 
@@ -450,7 +495,7 @@ class Recipe(Section):
         for step in self.steps:
             if fading and step.verb == "qat":
                 break
-            fading = fading and step.verb not in ("train", "sparsify", "finetune")
+            fading = fading and step.verb not in TRAINING
             fading = fading or (step.surgery is not None and step.surgery.progressive)
         if fading:
             raise ValueError("after progressive surgery there has to be a finetune step")

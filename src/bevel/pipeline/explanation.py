@@ -14,7 +14,7 @@ from bevel.core import plugins
 from bevel.core.errors import DataError
 from bevel.core.limits import parse_limit
 from bevel.core.modes import evaluating
-from bevel.core.recipe import PruneStep, Recipe, ResizeStep, SurgeryStep, TrainStep
+from bevel.core.recipe import IterateStep, PruneStep, Recipe, ResizeStep, SurgeryStep, TrainStep
 from bevel.core.records import Cost, Record
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -22,6 +22,7 @@ from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
 from bevel.pipeline.flow import check_names
 from bevel.pipeline.planning import alignment, budget_target, plan_step
+from bevel.pipeline.rounds import MOST_ROUNDS, ROUNDS
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
 from bevel.pruning.scoring import score_groups
 
@@ -82,7 +83,7 @@ class Explanation(Record):
             except DataError as error:  # the run would stop here; the network can be shown
                 warnings.append(str(error))
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        first = next((s.prune for s in recipe.steps if s.prune is not None), None)
+        first = next((s.pruning for s in recipe.steps if s.pruning is not None), None)
         analysis = analyze(net, example, ignore=first.ignore if first else ())
         groups = _groups(net, analysis, first, recipe)
         planned = _planned(net, example, first, recipe)
@@ -238,6 +239,8 @@ class _Clock:
                 lines.append(StepLine(verb="prune", what=what, seconds=self._pruning(settings)))
                 if settings.budget is not None and settings.budget.macs is not None:
                     share *= parse_limit("macs", settings.budget.macs).of(self.macs)
+            elif isinstance(settings, IterateStep):
+                lines.append(self._rounds(settings, share))
             elif isinstance(settings, SurgeryStep):
                 rules = settings.rules
                 what = rules if isinstance(rules, str) else ", ".join(rules)
@@ -261,6 +264,16 @@ class _Clock:
             )
         )
         return lines
+
+    def _rounds(self, settings: IterateStep, share: float) -> StepLine:
+        """Rounds of pruning and fine-tuning; of those that back off, as many as there may be."""
+        most = settings.max_accuracy_drop is not None
+        count = settings.rounds or (MOST_ROUNDS if most else ROUNDS)
+        what = f"{'at most ' if most else ''}{count} rounds of {settings.finetune.epochs} epochs"
+        training = self._training(settings.finetune, share)
+        return StepLine(
+            verb="iterate", what=what, seconds=None if training is None else count * training
+        )
 
     def _images(self, split: str) -> int | None:
         return None if self.data is None else self.data.sizes[split]

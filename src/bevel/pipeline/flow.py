@@ -16,6 +16,7 @@ from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
 from bevel.core.progress import note
 from bevel.core.recipe import (
+    IterateStep,
     PruneStep,
     QatStep,
     Recipe,
@@ -42,6 +43,7 @@ from bevel.models.batchnorm import recalibrate
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import fall_back, train_for_int8
 from bevel.pipeline.planning import alignment, budget_target, plan_step
+from bevel.pipeline.rounds import Round, on_schedule, shares, while_accuracy_holds
 from bevel.pipeline.within import Timing
 from bevel.pruning.apply import load_pruned, prune, read_metadata, read_surgery, save_pruned
 from bevel.pruning.plan import PruningPlan, make_plan
@@ -98,7 +100,7 @@ class Flow:
         changed = False
         for number, step in enumerate(self.recipe.steps, start=1):
             name = f"{number:02d}-{step.verb}"
-            changed = changed or step.verb in ("surgery", "prune", "resize", "sparsify")
+            changed = changed or step.verb in ("surgery", "prune", "iterate", "resize", "sparsify")
             model = self._step(name, step.verb, step.settings, model, original)
             if not changed:
                 original = model
@@ -162,6 +164,8 @@ class Flow:
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
             model, numbers = self._prune(model, settings, path.parent)
+        elif isinstance(settings, IterateStep):
+            model, numbers = self._iterate(name, model, settings, original)
         elif isinstance(settings, ResizeStep):
             model, numbers = self._resize(model)
         elif isinstance(settings, SurgeryStep):
@@ -217,7 +221,7 @@ class Flow:
             return slimming(settings.strength or SLIMMING)
         steps = iter(self.recipe.steps)
         next(step for step in steps if step.settings is settings)
-        following = next(step.prune for step in steps if step.prune is not None)
+        following = next(step.pruning for step in steps if step.pruning is not None)
         plan, _ = self._plan(model, following, folder)
         return growing(model.net, plan, settings.strength or GROWING)
 
@@ -316,6 +320,41 @@ class Flow:
         if (folder / SENSITIVITY).exists():
             numbers["sensitivity"] = json.loads((folder / SENSITIVITY).read_text(encoding="utf-8"))
         return replace(model, net=pruned, plan=model.plan.then(plan)), numbers
+
+    def _iterate(
+        self, name: str, model: Model, settings: IterateStep, original: Model
+    ) -> tuple[Model, Numbers]:
+        """Rounds of pruning and fine-tuning, each a pair of steps of its own."""
+
+        def turn(number: int, cut: PruneStep, network: Model) -> Round[Model]:
+            pruned = self._step(f"{name}.{number}-prune", "prune", cut, network, original)
+            tuned = f"{name}.{number}-finetune"
+            done = self._step(tuned, "finetune", settings.finetune, pruned, original)
+            step = self.folder.finished(tuned)
+            assert step is not None  # noqa: S101  # it was done just now
+            after = done.plan.after
+            return Round(number, done, step.numbers["validation_top1"], after.macs, after.params)
+
+        before = self._validate(original)
+        if settings.max_accuracy_drop is None:
+            rounds: list[Round[Model]] = []
+            for number, cut in enumerate(on_schedule(settings), start=1):
+                rounds.append(turn(number, cut, rounds[-1].network if rounds else model))
+        else:
+            floor = before - settings.max_accuracy_drop / 100
+            rounds = while_accuracy_holds(settings, model, turn, floor)
+        kept = next((each for each in reversed(rounds) if each.accepted), None)
+        result = kept.network if kept is not None else model
+        numbers = {
+            "macs_before": model.plan.after.macs,
+            "macs": result.plan.after.macs,
+            "params_before": model.plan.after.params,
+            "params": result.plan.after.params,
+            "validation_top1_before": before,
+            "validation_top1": kept.accuracy if kept is not None else self._validate(model),
+            "rounds": [each.record() for each in rounds],
+        }
+        return result, numbers
 
     def _mend(
         self, pruned: nn.Module, model: Model, plan: PruningPlan, settings: PruneStep
@@ -439,9 +478,11 @@ def check_names(recipe: Recipe) -> None:
         ExportError: a runtime has no such precision.
     """
     for step in recipe.steps:
-        if step.prune is not None:
-            plugins.find("criteria", step.prune.criterion)
-            plugins.find("allocators", step.prune.allocate)
+        if step.pruning is not None:
+            plugins.find("criteria", step.pruning.criterion)
+            plugins.find("allocators", step.pruning.allocate)
+        if step.iterate is not None and step.iterate.prune.ratio is None:
+            shares(step.iterate.prune)
         if step.surgery is not None:
             chosen(step.surgery.rules)
     for target in recipe.targets:
