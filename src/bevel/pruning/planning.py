@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
 from bevel.pruning.plan import PruningPlan, make_plan
-from bevel.pruning.scoring import check_reduction, score_groups
+from bevel.pruning.scoring import check_calibration, check_reduction, score_groups
 from bevel.pruning.sensitivity import Sensitivity
 
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
+"""Re-iterable batches of images (N, C, H, W) and labels (N,)."""
 
 
 @without_collection()
@@ -36,6 +38,7 @@ def plan_pruning(
     align: int = 8,
     ignore: Sequence[str] = (),
     calibration: LabelledBatches | None = None,
+    folder: Path | None = None,
     seed: int = 0,
 ) -> PruningPlan:
     """Choose what to remove. The network is not changed.
@@ -54,7 +57,10 @@ def plan_pruning(
             heads go one by one.
         ignore: module names or globs whose output channels all stay.
         calibration: re-iterable batches of (images (N, C, H, W), labels (N,)), held out from
-            training, for allocators that measure.
+            training, for allocators that measure and criteria that look at images. Criteria that
+            need no labels take batches of images alone, too.
+        folder: where scores that were found on images are kept, and found again for the same
+            network, criterion and images; without it they are not kept.
         seed: for criteria that draw random numbers.
 
     Raises:
@@ -65,6 +71,8 @@ def plan_pruning(
     """
     limits = _limits(ratio, budget)
     allocator: Allocator = plugins.load("allocators", allocate)
+    if calibration is None:
+        check_calibration(criterion)
     plugins.find("criteria", criterion)
     check_reduction(reduction)
     if align < 1:
@@ -74,7 +82,15 @@ def plan_pruning(
             f"the allocator '{allocate}' measures on held-out images: pass calibration"
         )
     analysis = analyze(net, example_inputs, ignore=ignore)
-    scores = score_groups(net, analysis, criterion, reduction=reduction, seed=seed)
+    scores = score_groups(
+        net,
+        analysis,
+        criterion,
+        reduction=reduction,
+        calibration=calibration,
+        folder=folder,
+        seed=seed,
+    )
     request: dict[str, Any] = {
         "criterion": criterion,
         "allocate": allocate,
