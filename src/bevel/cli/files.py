@@ -78,7 +78,9 @@ Ignore = Annotated[
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
+    typer.Option(
+        help="Data, for allocators and criteria that look at images.", **completing("datasets")
+    ),
 ]
 Program = Annotated[
     bool,
@@ -129,7 +131,7 @@ def prune(
         ignore=ignore or [],
     )
     source = networks.read_recipe(recipe, overrides, data=data, root=root)
-    _check_calibration(allocate, source)
+    _check_calibration(step, source)
     with console.working(quiet_stdout=json):
         network = networks.open_network(
             model,
@@ -146,18 +148,22 @@ def prune(
         _say_pruned(written, plan, proof)
 
 
-def _check_calibration(allocate: str, source: Recipe | None) -> None:
-    """Refuse an allocator that measures where there are no images.
+def _check_calibration(step: PruneStep, source: Recipe | None) -> None:
+    """Refuse an allocator or a criterion that looks at images where there are none.
 
     Raises:
-        RecipeError: it needs a recipe.
-        UnknownNameError: there is no such allocator.
+        RecipeError: the allocator needs a recipe.
+        PruningError: the criterion does.
+        UnknownNameError: there is no such allocator or criterion.
     """
-    if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
-        raise RecipeError(
-            f"--allocate {allocate} measures on held-out images: "
-            "give --recipe, or --data and --root"
-        )
+    if source is not None:
+        return
+    from bevel.pruning.scoring import check_calibration
+
+    give = "give --recipe, or --data and --root"
+    if plugins.load("allocators", step.allocate).NEEDS_CALIBRATION:
+        raise RecipeError(f"--allocate {step.allocate} measures on held-out images: {give}")
+    check_calibration(step.criterion, give)
 
 
 def _prune_and_save(
@@ -350,7 +356,7 @@ def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> 
 
 
 def _validation(source: Recipe | None, net: nn.Module) -> Any:
-    """Labelled images for allocators that measure sensitivity."""
+    """Labelled images for allocators and criteria that look at such."""
     if source is None:
         return None
     data = networks.fitting_data(source, net)

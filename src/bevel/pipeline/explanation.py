@@ -20,7 +20,7 @@ from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
 from bevel.pipeline.flow import alignment, check_names, plan_step
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
-from bevel.pruning.scoring import score_groups
+from bevel.pruning.scoring import needed, score_groups
 
 
 class GroupLine(Record):
@@ -53,7 +53,7 @@ class Explanation(Record):
     input_shape: list[int]
     original: Cost
     planned: Cost | None
-    """After the first prune step, where that needs no measuring of held-out images."""
+    """After the first prune step, where nothing of it is measured on held-out images."""
     groups: list[GroupLine]
     steps: list[StepLine]
     targets: list[str]
@@ -150,7 +150,7 @@ def _planned(
     if step is None:
         return None
     allocator: Allocator = plugins.load("allocators", step.allocate)
-    if allocator.NEEDS_CALIBRATION:
+    if allocator.NEEDS_CALIBRATION or needed(step.criterion) != "weights":
         return None
     return plan_step(net, example, step, None, recipe).after
 
@@ -161,9 +161,9 @@ def _groups(
     """One line per group, dearest first."""
     ranked: dict[int, RankedGroup] = {}
     if step is not None:
-        scores = score_groups(
-            net, analysis, step.criterion, reduction=step.reduction, seed=recipe.seed
-        )
+        # Widths do not depend on the scores, so those that need images have a stand-in.
+        criterion = step.criterion if needed(step.criterion) == "weights" else "random"
+        scores = score_groups(net, analysis, criterion, reduction=step.reduction, seed=recipe.seed)
         align = alignment(step, recipe.targets)
         ranked = {group.index: group for group in rank_all(analysis, scores, align)}
     touched, total = analysis.macs_touched(), max(analysis.cost().macs, 1)
@@ -257,6 +257,8 @@ class _Clock:
             widths = [len(g.widths) for g in self.groups if g.reason is None]
             probes = sum(min(count, PROBES) for count in widths)
             passes += 2.0 * self.recipe.calibration.images * probes  # statistics, then loss
+        if needed(settings.criterion) != "weights":
+            passes += 3.0 * self.recipe.calibration.images  # with the way back, or ranks
         validation = self._images("validation") or 0
         return self.forward_s * (passes + 2 * validation)
 

@@ -129,7 +129,7 @@ class Flow:
             return self._restore(path)
         begun = time.perf_counter()
         if isinstance(settings, PruneStep):
-            model, numbers = self._prune(model, settings)
+            model, numbers = self._prune(name, model, settings)
         elif isinstance(settings, SurgeryStep):
             model, numbers = self._operate(model, settings)
         elif isinstance(settings, QatStep):
@@ -201,9 +201,10 @@ class Flow:
         actions = [*model.surgery.actions, *lite.log.actions]
         return Model(lite.net, plan, SurgeryLog(actions=actions)), numbers
 
-    def _prune(self, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
+    def _prune(self, name: str, model: Model, settings: PruneStep) -> tuple[Model, Numbers]:
         held_out = self.data.batches("validation", limit=self.recipe.calibration.images)
-        plan = plan_step(model.net, self.example, settings, held_out, self.recipe)
+        scores = self.folder.step_folder(name) / "scores"
+        plan = plan_step(model.net, self.example, settings, held_out, self.recipe, scores)
         pruned = prune(model.net, plan)
         images = self.data.batches("validation", batch_size=PROOF_IMAGES, limit=PROOF_IMAGES)
         proof = verify_pruning(
@@ -330,8 +331,9 @@ def plan_step(
     settings: PruneStep,
     calibration: LabelledBatches | None,
     recipe: Recipe,
+    folder: Path | None = None,
 ) -> PruningPlan:
-    """The plan that a prune step of a recipe asks for."""
+    """The plan that a prune step of a recipe asks for; scores found on images go to `folder`."""
     return plan_pruning(
         net,
         example,
@@ -343,6 +345,7 @@ def plan_step(
         align=alignment(settings, recipe.targets),
         ignore=settings.ignore,
         calibration=calibration,
+        folder=folder,
         seed=recipe.seed,
     )
 
