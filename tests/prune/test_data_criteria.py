@@ -159,7 +159,8 @@ def test_ranks_are_those_of_singular_values(shape):
     stack = torch.stack(maps).relu()
     expected = torch.linalg.matrix_rank(stack.double(), rtol=max(shape) * 2.0**-23)
     assert torch.equal(ranks(stack), expected)
-    assert len(expected.unique()) == min(shape) + 1
+    assert {0, min(shape)} <= set(expected.unique().tolist())
+    assert min(shape) < 3 or len(expected.unique()) > 3
 
 
 @pytest.mark.parametrize(("units", "shape"), [(5, (6, 6)), (16, (4, 2)), (6, (1, 1)), (1, (3, 3))])
@@ -229,11 +230,12 @@ class Flat(nn.Module):
 
 
 class Attention(nn.Module):
-    """Patches as tokens in two windows to an image; two heads of three channels."""
+    """Patches as tokens in two windows to an image; heads with 3 queries, 3 keys, 4 values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 18), nn.Linear(6, 6)
+        self.patch, self.q, self.k = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.v, self.proj = nn.Linear(6, 8), nn.Linear(8, 6)
         self.wide, self.narrow, self.head = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 5)
         self.heads = 2
 
@@ -241,8 +243,8 @@ class Attention(nn.Module):
         x = torch.tanh(self.patch(x)).flatten(2).transpose(1, 2)  # (N, 16, 6)
         windows = x.reshape(-1, 8, x.shape[2])
         q, k, v = (
-            part.reshape(len(windows), 8, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(windows).chunk(3, dim=-1)
+            layer(windows).reshape(len(windows), 8, self.heads, -1).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.proj(mixed).reshape(x.shape)
@@ -336,27 +338,23 @@ def test_a_grouped_reader_sees_another_channel_in_each_block():
 
 def test_a_head_is_seen_where_it_is_read_and_queries_where_they_are_made():
     net = randomised(Attention())
-    seen = {}
-    net.proj.register_forward_pre_hook(lambda _, x: seen.update(read=x[0]))
-    net.qkv.register_forward_hook(lambda _, x, y: seen.update(made=y))  # noqa: ARG005
     analysis = analyze(net, IMAGES[:1])
     found = score_groups(net, analysis, "mean_activation", calibration=[IMAGES])
+    seen = {}
+    net.proj.register_forward_pre_hook(lambda _, x: seen.update(read=x[0]))
+    net.q.register_forward_hook(lambda _, x, y: seen.update(q=y))  # noqa: ARG005
+    net.k.register_forward_hook(lambda _, x, y: seen.update(k=y))  # noqa: ARG005
     with torch.no_grad():
         net(IMAGES)
-    heads = seen["read"].unflatten(2, (2, 3)).abs().mean((0, 1, 3))
-    made = seen["made"].unflatten(2, (3, 2, 3)).abs()[:, :, :2].mean((0, 1, 2)).numpy()
-    by_name = {analysis.groups[i]: scores for i, scores in found.items()}
-    whole = next(scores for group, scores in by_name.items() if group.runs)
+    heads = seen["read"].unflatten(2, (2, 4)).abs().mean((0, 1, 3))
+    made = [seen[name].abs().mean((0, 1)) for name in ("q", "k")]
+    whole, queries = (
+        next(found[i] for i, g in enumerate(analysis.groups) if g.runs == runs and g.name == name)
+        for name, runs in (("q#2", True), ("q", False))
+    )
     assert whole == pytest.approx((heads / heads.mean()).numpy(), rel=1e-4)
-    members = Members(net)
-    queries = [group for group in by_name if not members.of(group, ({"input"},))]
-    assert queries
-    for group in queries:
-        axis = next(axis for axis in group.axes if axis.tensor == "qkv.weight" and axis.dim == 0)
-        rows = made.reshape(-1)
-        units = axis.units.reshape(3, 6)[:2]
-        own = [rows[np.flatnonzero((units == unit).any(0))].mean() for unit in range(group.size)]
-        assert by_name[group] == pytest.approx(np.array(own) / np.mean(own), rel=1e-4)
+    expected = sum(row / row.mean() for row in made) / 2
+    assert queries == pytest.approx(expected.numpy(), rel=1e-4)
 
 
 def test_a_pooled_reader_counts_only_where_there_is_no_other():
