@@ -1,7 +1,8 @@
-"""Mean of a unit's feature map.
+"""Mean magnitude of a unit's feature map.
 
-score_c = (1 / N P) sum_n sum_p a_ncp, over images n and positions p. Behind a ReLU it is 0 for a
-unit that never fires; where activations have a sign, their magnitude counts.
+score_c = (1 / N P) sum_n sum_p |a_ncp|, over images n and positions p. Behind a ReLU, which is what
+the paper has, that is the mean activation; elsewhere the sign is left out, so that what is strongly
+negative counts.
 
 Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
 ICLR 2017.
