@@ -403,6 +403,30 @@ def test_what_no_layer_reads_or_makes_is_left_whole_with_the_reason():
     assert [n for n in plan.notes if "kernel" in n and "'apoz' has nothing to score" in n]
 
 
+class Table(nn.Module):
+    """A bias of each position that a small network makes of a table, as in Swin V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 5)
+        self.hidden, self.bias = nn.Linear(2, 7), nn.Linear(7, 1)
+        self.register_buffer("table", torch.ones(4, 2))
+
+    def forward(self, x):
+        x = F.relu(self.patch(x)).flatten(2) + self.bias(F.relu(self.hidden(self.table))).T
+        return self.head(x.mean(2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 12])
+def test_no_image_has_a_part_of_a_table(size):
+    """Whatever the batch size; though four positions could be one of each of four images."""
+    net = randomised(Table())
+    batches = list(zip(IMAGES.split(size), LABELS.split(size), strict=True))
+    assert "hidden" in {group.name for group in every(net)}
+    assert scored(net, "fisher", batches).keys() == {"patch"}
+    assert scored(net, "mean_activation", batches).keys() > {"patch", "hidden"}
+
+
 # -- what is kept ---------------------------------------------------------------------------
 
 
@@ -426,15 +450,15 @@ def test_scores_are_found_again_without_a_pass(tmp_path):
         return Counting.runs, {group: scores.tolist() for group, scores in found.items()}
 
     count, first = runs()
-    assert count == 2
+    assert count == 2  # batches
     assert runs() == (0, first)
     assert runs(batches=[IMAGES]) == (0, first)  # other batches, no labels: the same images
     assert runs(reduction="first")[0] == 0
     assert runs(batches=[IMAGES + 1])[0] == 1
     assert runs("mean_activation")[0] == 2
-    assert runs("taylor")[0] == 2
+    assert runs("taylor")[0] == 4  # batches, and one image to begin with, alone and twice
     assert runs("taylor")[0] == 0
-    assert runs("taylor", [(IMAGES, LABELS.flip(0))])[0] == 1
+    assert runs("taylor", [(IMAGES, LABELS.flip(0))])[0] == 3
     assert runs("taylor", [(IMAGES, LABELS)])[0] == 0
     with torch.no_grad():
         net.b.weight[0, 0, 0, 0] += 1

@@ -16,7 +16,8 @@ is squared. So a group has one row of gate gradients, and the reduction nothing 
 
 A unit of several channels, as an attention head or what a flattened map is read by, has one map
 with theirs under each other, and one gate. Rows of a batch count as images, also where a network
-cuts images into windows; of gates such rows share that of their image.
+cuts images into windows; of gates such rows share that of their image. A tensor whose length does
+not grow with the images, as a table of positions, has no gates: no image has a part of it.
 """
 
 from __future__ import annotations
@@ -207,11 +208,19 @@ class _Gates:
     def __init__(self, plugin: DataCriterion, criterion: str) -> None:
         self.plugin, self.criterion = plugin, criterion
         self.statistics: dict[int, Statistic] = {}
+        self.lengths: dict[Place, set[int]] | None = None
+        self.rows_of_image: dict[Place, set[int]] | None = None
         self.count = 0
         self.gates: dict[int, Tensor] = {}
 
     def take(self, net: nn.Module, images: Any, labels: Any) -> None:
         """Run the network on a batch, and back from the sum of the losses to the gates."""
+        if self.rows_of_image is None:
+            once, twice = (self._lengths(net, [*images[:1]] * count) for count in (1, 2))
+            self.rows_of_image = {
+                place: {rows for rows in lengths if 2 * rows in twice.get(place, ())}
+                for place, lengths in once.items()
+            }
         self.count, self.gates = len(images), {}
         with torch.inference_mode(False), torch.enable_grad():
             outputs = _run(net, images)
@@ -233,7 +242,11 @@ class _Gates:
 
     def see(self, place: Place, x: Tensor) -> Tensor | None:
         """Put the group's gate on a tensor."""
-        if len(x) % self.count:  # its rows are no parts of images
+        if self.lengths is not None:
+            self.lengths.setdefault(place, set()).add(len(x))
+            return None
+        rows, rest = divmod(len(x), self.count)
+        if rest or rows not in (self.rows_of_image or {}).get(place, ()):
             return None
         if place.group not in self.gates:
             self.gates[place.group] = torch.ones(
@@ -246,6 +259,15 @@ class _Gates:
         return {
             group: statistic.scores().double()[None] for group, statistic in self.statistics.items()
         }
+
+    @torch.no_grad()
+    def _lengths(self, net: nn.Module, images: Sequence[Tensor]) -> dict[Place, set[int]]:
+        """How long the tensors at each place are with these images."""
+        lengths: dict[Place, set[int]] = {}
+        self.lengths = lengths
+        _run(net, torch.stack(list(images)))
+        self.lengths = None
+        return lengths
 
     def _check(self, outputs: Any, labels: Any) -> None:
         """Refuse what no cross-entropy can be taken of."""

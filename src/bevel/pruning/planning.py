@@ -70,17 +70,9 @@ def plan_pruning(
         ModelError: the network does not run on the example inputs.
     """
     limits = _limits(ratio, budget)
-    allocator: Allocator = plugins.load("allocators", allocate)
-    if calibration is None:
-        check_calibration(criterion)
-    plugins.find("criteria", criterion)
-    check_reduction(reduction)
+    allocator = _named(criterion, allocate, reduction, calibration)
     if align < 1:
         raise PruningError(f"align is {align}, expected 1 or more")
-    if allocator.NEEDS_CALIBRATION and calibration is None:
-        raise PruningError(
-            f"the allocator '{allocate}' measures on held-out images: pass calibration"
-        )
     analysis = analyze(net, example_inputs, ignore=ignore)
     scores = score_groups(
         net,
@@ -109,6 +101,22 @@ def plan_pruning(
     kept = allocator.allocate(problem)
     keep = {g.index: g.keep_mask(int(k)) for g, k in zip(open_groups, kept, strict=True)}
     return make_plan(analysis, keep, request=request, notes=notes)
+
+
+def _named(
+    criterion: str, allocate: str, reduction: str, calibration: LabelledBatches | None
+) -> Allocator:
+    """The allocator; all three exist and have the images that they need, or it is an error."""
+    allocator: Allocator = plugins.load("allocators", allocate)
+    plugins.find("criteria", criterion)
+    check_reduction(reduction)
+    if calibration is None:
+        check_calibration(criterion)
+        if allocator.NEEDS_CALIBRATION:
+            raise PruningError(
+                f"the allocator '{allocate}' measures on held-out images: pass calibration"
+            )
+    return allocator
 
 
 def _limits(ratio: float | None, budget: Mapping[str, float] | None) -> dict[str, float]:
