@@ -32,7 +32,8 @@ from bevel.core import plugins
 from bevel.core.files import write_json
 from bevel.core.recipe import DataSection, Normalize
 from bevel.graph.couplings import Analysis
-from bevel.pruning.scoring import needed, score_groups
+from bevel.pruning.criteria import needed
+from bevel.pruning.scoring import score_groups
 
 WEIGHTS = "weights/resnet56-4bfd9763.th"
 IMAGES = 500

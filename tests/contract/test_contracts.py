@@ -15,7 +15,7 @@ from PIL import Image
 from bevel.core import plugins
 from bevel.core.recipe import DataSection
 from bevel.data.cifar import CifarSource
-from bevel.pruning.scoring import needed
+from bevel.pruning.criteria import needed
 from bevel.testing.allocators import AllocatorContract
 from bevel.testing.criteria import CriterionContract, DataCriterionContract
 from bevel.testing.datasets import DatasetContract

@@ -13,11 +13,12 @@ import bevel
 from bevel.core import plugins
 from bevel.core.errors import PruningError
 from bevel.graph.couplings import ChannelGroup, analyze
+from bevel.pruning.criteria import needed
 from bevel.pruning.criteria.chip import independence
 from bevel.pruning.criteria.entropy import BINS
 from bevel.pruning.criteria.hrank import ranks
 from bevel.pruning.members import Members
-from bevel.pruning.scoring import needed, score_groups
+from bevel.pruning.scoring import score_groups
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(12) % 5
@@ -490,8 +491,8 @@ class Detector(Residual):
     [
         ("taylor", Residual, [IMAGES], r"give batches of \(images, labels\)"),
         ("taylor", Residual, [(IMAGES, LABELS + 1)], "label 5 has no output: the network has 5"),
-        ("fisher", Detector, BATCHES, "the network gives dict for labels"),
-        ("fisher", Residual, [(IMAGES, LABELS[:, None])], "not scores of classes"),
+        ("fisher", Detector, BATCHES, "the network gives dict, not scores of classes"),
+        ("fisher", Residual, [(IMAGES, LABELS[:, None])], r"for labels \(12, 1\)"),
         ("apoz", Residual, [], "got no batch"),
         ("chip", Residual, [IMAGES * math.nan], "not finite"),
         ("hrank", Residual, [IMAGES[:, :2]], r"cannot be run on calibration images \(12x2x8x8\)"),

@@ -20,7 +20,8 @@ from bevel.graph.couplings import Analysis, ChannelGroup, analyze
 from bevel.models import build
 from bevel.pipeline.flow import alignment, check_names, plan_step
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
-from bevel.pruning.scoring import needed, score_groups
+from bevel.pruning.criteria import needed
+from bevel.pruning.scoring import score_groups
 
 
 class GroupLine(Record):

@@ -1,12 +1,7 @@
 """What a network does with images, as criteria see it: feature maps, and gradients of gates.
 
-A unit is seen where it is read. A convolution or linear layer that has an input slice for the unit
-gets it after the norm, the activation, the addition and whatever else the network has in between,
-be they modules or functions, and removing the unit is the same as having these readers get zeros.
-So the tensors that a group's readers get are its feature maps, and factors of 1 on them are its
-gates. What no such layer reads, as the queries and keys of an attention, is seen where the layers
-that make it give it out. What neither is there for, such as the heads of `nn.MultiheadAttention`,
-which calls no layers, is not scored.
+Both are looked at where the layers that read a unit get it (`places.py`): the tensors there are its
+feature maps, and factors of 1 on them are its gates.
 
 Each reader is a member of the group and has a row of scores. One that gets a single position for
 each image, such as the classifier behind a pooling, counts only where no other does: of a map it
@@ -24,15 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
@@ -41,94 +34,14 @@ from bevel.core.progress import track
 from bevel.graph.couplings import Analysis
 from bevel.graph.holding import holding
 from bevel.graph.record import decomposed
-from bevel.pruning.criteria import DataCriterion, Statistic
-from bevel.pruning.members import Members
+from bevel.pruning.criteria import DataCriterion, Statistic, needing
+from bevel.pruning.places import Place, places
 
 Calibration = Iterable[Any]
 """Re-iterable batches: images, or tuples that begin with images and go on with labels (N,)."""
 
-See = Callable[["Place", Any], Tensor | None]
+See = Callable[[Place, Any], Tensor | None]
 """Is given a tensor at a place; what it returns, if anything, is what the network goes on with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A tensor on which a group's units lie.
-
-    Attributes:
-        group: position in `Analysis.groups`.
-        size: units of the group.
-        module: the layer that reads the tensor, or makes it.
-        reads: which of both.
-        units: (channels,) int64, the unit of each of the tensor's channels, -1 for none.
-    """
-
-    group: int
-    size: int
-    module: nn.Module
-    reads: bool
-    units: Tensor
-
-    def fits(self, x: Any) -> bool:
-        """Whether this is a batch with these channels."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):
-            return False
-        dims = len(self.module.kernel_size) + 2 if isinstance(self.module, _ConvNd) else 2
-        right = x.ndim == dims if isinstance(self.module, _ConvNd) else x.ndim >= dims
-        return right and x.shape[self.axis] == len(self.units)
-
-    @property
-    def axis(self) -> int:
-        """Where the channels of the tensor are."""
-        return 1 if isinstance(self.module, _ConvNd) else -1
-
-    @cached_property
-    def channels(self) -> Tensor:
-        """The channels in the order of their units; each unit has equally many."""
-        order = torch.argsort(self.units, stable=True)
-        return order[int((self.units < 0).sum()) :]
-
-    def maps(self, x: Tensor) -> Tensor:
-        """(N, units, rows, columns); channels of a unit lie under each other."""
-        x = x.movedim(self.axis, 1)
-        if not torch.equal(self.channels, torch.arange(x.shape[1])):
-            x = x.index_select(1, self.channels.to(x.device))
-        x = x if x.element_size() >= 4 else x.float()
-        columns = x.shape[-1] if x.ndim > 2 else 1
-        return x.reshape(len(x), self.size, -1, columns)
-
-    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
-        """The tensor times gates (N, units); rows that images were cut into share theirs."""
-        closed = torch.cat([gates, gates.new_ones(len(gates), 1)], dim=1)
-        factors = closed[:, self.units.to(x.device)].repeat_interleave(len(x) // len(gates), 0)
-        shape = [1] * x.ndim
-        shape[0], shape[self.axis] = len(x), len(self.units)
-        return x * factors.reshape(shape).to(x.dtype)
-
-
-def places(net: nn.Module, analysis: Analysis) -> list[Place]:
-    """Where the units of each prunable group can be seen."""
-    members = Members(net)
-    found = []
-    for index, group in enumerate(analysis.groups):
-        if group.frozen is not None:
-            continue
-        for role in ("input", "filter"):
-            here = [
-                Place(
-                    index,
-                    group.size,
-                    weight.module,
-                    role == "input",
-                    torch.from_numpy(axis.units.reshape(-1).astype(np.int64)),
-                )
-                for weight, axis in members.of(group, ({role},))
-                if isinstance(weight.module, _ConvNd | nn.Linear)
-            ]
-            found += here
-            if here:
-                break
-    return found
 
 
 def observe(
@@ -216,7 +129,7 @@ class _Gates:
     def take(self, net: nn.Module, images: Any, labels: Any) -> None:
         """Run the network on a batch, and back from the sum of the losses to the gates."""
         if self.rows_of_image is None:
-            once, twice = (self._lengths(net, [*images[:1]] * count) for count in (1, 2))
+            once, twice = (self._lengths(net, images[:1], count) for count in (1, 2))
             self.rows_of_image = {
                 place: {rows for rows in lengths if 2 * rows in twice.get(place, ())}
                 for place, lengths in once.items()
@@ -233,7 +146,7 @@ class _Gates:
             except RuntimeError as error:
                 raise PruningError(
                     f"'{self.criterion}' cannot take the network's gradient: {one_line(error)}; "
-                    "choose a criterion that takes none (bevel list criteria)"
+                    f"without gradients: {needing('images', 'weights')}"
                 ) from error
         for group, gradient in zip(self.gates, gradients, strict=True):
             if gradient is not None:
@@ -261,24 +174,28 @@ class _Gates:
         }
 
     @torch.no_grad()
-    def _lengths(self, net: nn.Module, images: Sequence[Tensor]) -> dict[Place, set[int]]:
-        """How long the tensors at each place are with these images."""
+    def _lengths(self, net: nn.Module, image: Any, count: int) -> dict[Place, set[int]]:
+        """How long the tensors at each place are with one image so many times."""
         lengths: dict[Place, set[int]] = {}
         self.lengths = lengths
-        _run(net, torch.stack(list(images)))
+        _run(net, torch.cat([image] * count) if isinstance(image, Tensor) else image * count)
         self.lengths = None
         return lengths
 
     def _check(self, outputs: Any, labels: Any) -> None:
         """Refuse what no cross-entropy can be taken of."""
         needs = f"the criterion '{self.criterion}' takes the gradient of the cross-entropy"
-        if not isinstance(labels, Tensor):
-            raise PruningError(f"{needs}: give batches of (images, labels)")
-        if not isinstance(outputs, Tensor) or outputs.shape[:1] + outputs.shape[2:] != labels.shape:
-            given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        without = f"without labels: {needing('images', 'weights')}"
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2:
             raise PruningError(
-                f"{needs}, but the network gives {given} for labels {tuple(labels.shape)}, not "
-                "scores of classes (N, K); choose a criterion without labels (bevel list criteria)"
+                f"{needs}, but the network gives {given}, not scores of classes (N, K); {without}"
+            )
+        if not isinstance(labels, Tensor):
+            raise PruningError(f"{needs}: give batches of (images, labels); {without}")
+        if outputs.shape[:1] + outputs.shape[2:] != labels.shape:
+            raise PruningError(
+                f"{needs}, but the network gives {given} for labels {tuple(labels.shape)}"
             )
         if int(labels.max()) >= outputs.shape[1]:
             raise PruningError(

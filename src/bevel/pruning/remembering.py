@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bevel.core import plugins
 from bevel.core.files import atomic, sha256
 from bevel.graph.couplings import Analysis
-from bevel.pruning import criteria, members, observing
+from bevel.pruning import criteria, members, observing, places
 from bevel.pruning.criteria import DataCriterion
 from bevel.pruning.observing import Calibration, parted
 
@@ -77,7 +77,7 @@ def _digest(net: nn.Module, analysis: Analysis, criterion: str, calibration: Cal
     plugin: DataCriterion = plugins.load("criteria", criterion)
     found = _Digest()
     found.text(torch.__version__)
-    for file in (plugin, criteria, members, observing):
+    for file in (plugin, criteria, members, places, observing):
         found.text(sha256(Path(inspect.getfile(file))))  # type: ignore[arg-type]  # are modules
     _add_network(found, net)
     for group in analysis.groups:

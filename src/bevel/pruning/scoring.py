@@ -20,7 +20,7 @@ from bevel.core.errors import PruningError, suggestion
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
 from bevel.graph.couplings import Analysis, Axis, ChannelGroup
-from bevel.pruning.criteria import Criterion, WeightCriterion
+from bevel.pruning.criteria import Criterion, WeightCriterion, needed, needing
 from bevel.pruning.members import Member, Members, Weight
 from bevel.pruning.observing import Calibration, observe
 from bevel.pruning.remembering import Remembered
@@ -44,16 +44,6 @@ def check_reduction(name: str) -> None:
         raise PruningError(f"no reduction called '{name}'. {suggestion(name, REDUCTIONS)}")
 
 
-def needed(criterion: str) -> str:
-    """What a criterion looks at: "weights", "images" or "labels".
-
-    Raises:
-        UnknownNameError: there is no such criterion.
-    """
-    plugin: Criterion = plugins.load("criteria", criterion)
-    return plugin.NEEDS
-
-
 def check_calibration(criterion: str, how: str = "pass calibration") -> None:
     """Refuse a criterion that looks at images, because there are none.
 
@@ -69,9 +59,8 @@ def check_calibration(criterion: str, how: str = "pass calibration") -> None:
     if needs == "weights":
         return
     what = "labelled images" if needs == "labels" else "images"
-    without = ", ".join(name for name in plugins.own("criteria") if needed(name) == "weights")
     raise PruningError(
-        f"the criterion '{criterion}' looks at {what}: {how}; without images: {without}"
+        f"the criterion '{criterion}' looks at {what}: {how}; without images: {needing('weights')}"
     )
 
 

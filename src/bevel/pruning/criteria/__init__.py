@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from bevel.core import plugins
+
 PIECE = 1 << 17
 """Weights that are looked at in one go: they stay in the processor's cache."""
 
@@ -76,6 +78,21 @@ class DataCriterion(Protocol):
 
 
 Criterion = WeightCriterion | DataCriterion
+
+
+def needed(criterion: str) -> str:
+    """What a criterion looks at: "weights", "images" or "labels".
+
+    Raises:
+        UnknownNameError: there is no such criterion.
+    """
+    plugin: Criterion = plugins.load("criteria", criterion)
+    return plugin.NEEDS
+
+
+def needing(*needs: str) -> str:
+    """The names of bevel's criteria that look at one of these, in a line."""
+    return ", ".join(name for name in plugins.own("criteria") if needed(name) in needs)
 
 
 class Average:
