@@ -1,12 +1,13 @@
 """How long every criterion takes on ResNet-56, and the table of docs/criteria.md.
 
-    python benchmarks/criteria.py --shared FOLDER --cifar10 FOLDER --threads 2 \
-        --out benchmarks/results/criteria.json --docs docs/criteria.md
+    OMP_WAIT_POLICY=passive python benchmarks/criteria.py --shared FOLDER --cifar10 FOLDER \
+        --threads 2 --out benchmarks/results/criteria.json --docs docs/criteria.md
 
 scores all channel groups of the CIFAR-10 ResNet-56 with each criterion, on 500 training images in
 batches of 100 where it looks at images. Without --shared the weights are random, without --cifar10
 the images are, and the page says so. Beside the time on the clock stands the time that the
-processor spent on it, since other work may run on the machine; its load is noted. A criterion's
+processor spent on it, since other work may run on the machine; its load is noted, and threads that
+wait for each other do so without spending time. A criterion's
 formula and paper are those of its docstring. `--merge` keeps the rows of other thread counts that
 the file has already.
 """
@@ -133,8 +134,9 @@ def main() -> None:
         points.append(measure(net, analysis, name, batches))
         print({key: points[-1][key] for key in ("criterion", "seconds", "processor_seconds")})
     report = {
-        "command": "python benchmarks/criteria.py --shared FOLDER --cifar10 FOLDER --out "
-        "benchmarks/results/criteria.json --docs docs/criteria.md",
+        "command": "OMP_WAIT_POLICY=passive python benchmarks/criteria.py --shared FOLDER "
+        "--cifar10 FOLDER --threads N --merge --out benchmarks/results/criteria.json "
+        "--docs docs/criteria.md",
         "date": datetime.now(tz=UTC).date().isoformat(),
         "machine": _processor(),
         "cores": os.cpu_count(),

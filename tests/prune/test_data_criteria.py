@@ -1,7 +1,10 @@
 """Criteria that look at images, against one image and one channel at a time."""
 
+import importlib
 import math
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from bevel.pruning.criteria.entropy import BINS
 from bevel.pruning.criteria.hrank import ranks
 from bevel.pruning.members import Members
 from bevel.pruning.scoring import score_groups
+from bevel.testing.criteria import DataCriterionContract
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(12) % 5
@@ -509,6 +513,21 @@ def test_mistakes_are_one_line(name, network, batches, message):
 
 def test_a_detector_is_scored_by_its_feature_maps():
     assert scored(randomised(Detector()), "hrank").keys() == {"a"}
+
+
+def test_the_example_of_the_page_keeps_the_contract(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs/criteria.md"
+    (code,) = re.findall(r"```python\n(\"\"\"Largest.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "largest_value.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin, suite = importlib.import_module("largest_value"), DataCriterionContract()
+    suite.test_says_what_it_looks_at(plugin)
+    suite.test_one_finite_score_per_unit(plugin)
+    suite.test_batches_make_no_difference(plugin)
+    suite.test_memory_does_not_grow_with_the_images(plugin)
+    maps = suite.observed(plugin)
+    expected = maps.flatten(2).max(2).values.double().mean(0)
+    assert torch.allclose(suite.given(plugin, maps).scores(), expected)
 
 
 def test_callers_modes_do_not_matter():

@@ -5,8 +5,8 @@ gets it after the norm, the activation, the addition and whatever else the netwo
 be they modules or functions, and removing the unit is the same as having these readers get zeros.
 So the tensors that a group's readers get are its feature maps, and factors of 1 on them are its
 gates. What no such layer reads, as the queries and keys of an attention, is seen where the layers
-that make it give it out. What neither is there for, such as the heads of `nn.MultiheadAttention`,
-which calls no layers, is not scored.
+that make it give it out. Weights that are used by functions, as those of `nn.MultiheadAttention`,
+are no such layers: what only they read and make is not scored.
 """
 
 from __future__ import annotations
