@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +23,7 @@ from bevel.pruning.criteria.chip import independence
 from bevel.pruning.criteria.entropy import BINS
 from bevel.pruning.criteria.hrank import ranks
 from bevel.pruning.members import Members
+from bevel.pruning.places import Place
 from bevel.pruning.scoring import score_groups
 from bevel.testing.criteria import DataCriterionContract
 
@@ -320,6 +323,34 @@ def test_there_are_groups_of_every_kind():
 
 def every(net: nn.Module) -> list[ChannelGroup]:
     return analyze(net.eval(), IMAGES[:1]).prunable
+
+
+@given(
+    size=st.integers(1, 5),
+    channels=st.integers(1, 4),
+    others=st.integers(0, 3),
+    image=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_maps_and_gates_are_those_of_a_units_channels(size, channels, others, image):
+    random = np.random.default_rng((size, channels, others))
+    units = np.r_[np.repeat(np.arange(size), channels), np.full(others, -1)]
+    units = torch.from_numpy(random.permutation(units))
+    module = nn.Conv2d(len(units), 1, 1) if image else nn.Linear(len(units), 1)
+    place = Place(0, size, module, reads=True, units=units)
+    shape = (4, len(units), 3, 2) if image else (4, 3, 2, len(units))
+    x, gates = torch.randn(shape), torch.randn(2, size)  # two rows of each image
+    assert place.fits(x)
+    assert not place.fits(x.narrow(place.axis, 0, len(units) - 1))
+    maps, gated = place.maps(x), place.gated(x, gates)
+    for unit in range(size):
+        own = [x.movedim(place.axis, 1)[:, i] for i in np.flatnonzero(units == unit)]
+        assert torch.equal(maps[:, unit], torch.cat(own, dim=1))
+    for channel, unit in enumerate(units.tolist()):
+        for row in range(4):
+            factor = gates[row // 2, unit] if unit >= 0 else 1
+            before, after = (v.movedim(place.axis, 1)[row, channel] for v in (x, gated))
+            assert torch.allclose(after, before * factor)
 
 
 # -- where units are seen -------------------------------------------------------------------

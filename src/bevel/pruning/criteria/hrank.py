@@ -1,8 +1,8 @@
 """Mean rank of a unit's feature map.
 
 score_c = (1 / N) sum_n rank(A_nc), with A_nc the map of unit c for image n, (H, W), and the rank
-that `torch.linalg.matrix_rank` counts in float32: the singular values above
-max(H, W) eps sigma_1, eps = 2^-23.
+that `torch.linalg.matrix_rank` counts with float32's tolerance: the singular values above
+max(H, W) eps sigma_1, eps = 2^-23. They are found in float64.
 
 Most maps have the full rank that their nonzero rows and columns allow. That is certified without
 singular values: if G = A A^T, over nonzero rows, less 2 (max(H, W) eps)^2 ||A||_F^2 on its diagonal
