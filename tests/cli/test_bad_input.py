@@ -287,6 +287,12 @@ def allocator_without_images(_: Workplace) -> list[object]:
     return ["prune", *model, "--ratio", 0.5, "--allocate", "t_sensitive", "--out", "a.safetensors"]
 
 
+@case("looks at labelled images: give --recipe, or --data and --root; without images: bn_scale")
+def criterion_without_images(_: Workplace) -> list[object]:
+    model = ["net.py:tiny", "--input", "1x3x8x8"]
+    return ["prune", *model, "--ratio", 0.5, "--criterion", "taylor", "--out", "a.safetensors"]
+
+
 @case("bevel did not write it")
 def weights_without_a_plan(place: Workplace) -> list[object]:
     save_file(nn.Linear(3, 2).state_dict(), place.folder / "plain.safetensors")

@@ -157,6 +157,18 @@ def test_prune_and_verify_files(place: Workplace, bevel: Bevel) -> None:
     assert "give --checkpoint" in untrained.err
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "apoz"])
+def test_prune_looks_at_the_data_it_is_given(
+    place: Workplace, bevel: Bevel, criterion: str
+) -> None:
+    model = ["net.py:tiny", "--input", "1x3x8x8", "--ratio", 0.5, "--align", 1]
+    how = ["--criterion", criterion, "--recipe", place.recipe(), "--out", "p.safetensors"]
+    pruned = bevel("prune", *model, *how, "--json")
+    assert pruned.code == 0, pruned
+    content = json.loads(pruned.out)
+    assert content["after"]["params"] < content["before"]["params"]
+
+
 def test_prune_takes_a_reduction_and_aligns_to_the_targets(place: Workplace, bevel: Bevel) -> None:
     from bevel.pruning.apply import read_metadata
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,30 @@ from PIL import Image
 from bevel.core import plugins
 from bevel.core.recipe import DataSection
 from bevel.data.cifar import CifarSource
+from bevel.pruning.criteria import needed
 from bevel.testing.allocators import AllocatorContract
-from bevel.testing.criteria import CriterionContract
+from bevel.testing.criteria import CriterionContract, DataCriterionContract
 from bevel.testing.datasets import DatasetContract
 from bevel.testing.devices import DeviceContract
 from bevel.testing.plugin import PluginContract
 from bevel.testing.runtimes import RuntimeContract
 
-SUITES = (RuntimeContract, DeviceContract, CriterionContract, AllocatorContract)
+SUITES = (
+    RuntimeContract,
+    DeviceContract,
+    CriterionContract,
+    DataCriterionContract,
+    AllocatorContract,
+)
+
+
+def names(suite: type[PluginContract]) -> list[str]:
+    """The plugins that a suite is for; there are two kinds of criteria."""
+    found = list(plugins.discover(suite.kind))
+    if suite.kind == "criteria":
+        weights = suite is CriterionContract
+        found = [name for name in found if (needed(name) == "weights") == weights]
+    return found
 
 
 ELSEWHERE = {
@@ -44,10 +61,7 @@ def test_class(suite: type[PluginContract], name: str) -> tuple[str, type[Plugin
 
 test_class.__test__ = False
 globals().update(
-    test_class(suite, name)
-    for suite in SUITES
-    for name in plugins.discover(suite.kind)
-    if name not in ELSEWHERE
+    test_class(suite, name) for suite in SUITES for name in names(suite) if name not in ELSEWHERE
 )
 
 
@@ -139,8 +153,8 @@ def test_every_data_set_has_a_suite():
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_other_plugin_has_a_suite(suite):
-    assert plugins.discover(suite.kind)
-    for name in plugins.discover(suite.kind):
+    assert names(suite)
+    for name in names(suite):
         if name in ELSEWHERE:
             text = (Path(__file__).parents[1] / ELSEWHERE[name]).read_text()
             assert name.replace("-", "_") in text
@@ -170,3 +184,40 @@ def test_a_suite_tells_a_bad_plugin():
     for bad in (Flat, Broken):
         with pytest.raises(AssertionError):
             suite.test_one_finite_score_per_row(bad, (12, 27), (1,))
+
+
+class Hoarder:
+    def __init__(self):
+        self.seen = []
+
+    def update(self, observed):
+        self.seen.append(observed)
+
+    def scores(self):
+        return torch.cat(self.seen).double().mean((0, 2, 3))
+
+
+class Last(Hoarder):
+    def update(self, observed):
+        self.seen = [observed]
+
+
+class Scaling(Hoarder):
+    def update(self, observed):
+        self.seen = [observed.mul_(2)]
+
+
+def test_a_suite_tells_a_bad_data_criterion():
+    """Mutants: one keeps every image, one depends on the batches, one changes what it is given."""
+
+    suite = DataCriterionContract()
+    checks = (
+        suite.test_memory_does_not_grow_with_the_images,
+        suite.test_batches_make_no_difference,
+        suite.test_what_is_seen_stays_as_it_is,
+    )
+    for bad, check in zip((Hoarder, Last, Scaling), checks, strict=True):
+        plugin = SimpleNamespace(NEEDS="images", COMPARABLE=False, start=bad)
+        suite.test_one_finite_score_per_unit(plugin)
+        with pytest.raises(AssertionError):
+            check(plugin)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from bevel.core.errors import PruningError
 from bevel.graph.couplings import Analysis, Axis, ChannelGroup, analyze
 from bevel.pruning.criteria import PIECE, means, sums
-from bevel.pruning.scoring import REDUCTIONS, role_of, score_groups
+from bevel.pruning.members import role_of
+from bevel.pruning.scoring import REDUCTIONS, score_groups
 
 
 def small() -> nn.Sequential:

@@ -107,7 +107,9 @@ Ignore = Annotated[
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(help="Data, for allocators that look at images.", **completing("datasets")),
+    typer.Option(
+        help="Data, for allocators and criteria that look at images.", **completing("datasets")
+    ),
 ]
 Program = Annotated[
     bool,
@@ -162,8 +164,7 @@ def prune(
         ignore=ignore or [],
     )
     source = networks.read_recipe(recipe, overrides, data=data, root=root)
-    if ratios is None:
-        _check_calibration(allocate, source)
+    _check_calibration(step, source)
     place = _budget_target(step, source, networks.parse_target(target))
     with console.working(quiet_stdout=json):
         network = networks.open_network(
@@ -183,18 +184,22 @@ def prune(
         _say_pruned(written, plan, proof)
 
 
-def _check_calibration(allocate: str, source: Recipe | None) -> None:
-    """Refuse an allocator that measures where there are no images.
+def _check_calibration(step: PruneStep, source: Recipe | None) -> None:
+    """Refuse an allocator or a criterion that looks at images where there are none.
 
     Raises:
-        RecipeError: it needs a recipe.
-        UnknownNameError: there is no such allocator.
+        RecipeError: the allocator needs a recipe.
+        PruningError: the criterion does.
+        UnknownNameError: there is no such allocator or criterion.
     """
-    if source is None and plugins.load("allocators", allocate).NEEDS_CALIBRATION:
-        raise RecipeError(
-            f"--allocate {allocate} measures on held-out images: "
-            "give --recipe, or --data and --root"
-        )
+    if source is not None:
+        return
+    from bevel.pruning.scoring import check_calibration
+
+    give = "give --recipe, or --data and --root"
+    if plugins.load("allocators", step.allocate).NEEDS_CALIBRATION and step.ratios is None:
+        raise RecipeError(f"--allocate {step.allocate} measures on held-out images: {give}")
+    check_calibration(step.criterion, give)
 
 
 def _budget_target(step: PruneStep, source: Recipe | None, target: Target | None) -> Target:
@@ -419,7 +424,7 @@ def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> 
 
 
 def _validation(source: Recipe | None, net: nn.Module) -> Any:
-    """Labelled images for allocators that measure sensitivity."""
+    """Labelled images for allocators and criteria that look at such."""
     if source is None:
         return None
     data = networks.fitting_data(source, net)

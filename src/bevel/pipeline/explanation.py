@@ -24,6 +24,7 @@ from bevel.pipeline.flow import check_names
 from bevel.pipeline.planning import alignment, budget_target, plan_step
 from bevel.pipeline.rounds import MOST_ROUNDS, ROUNDS
 from bevel.pruning.allocate import PROBES, Allocator, RankedGroup, rank_all
+from bevel.pruning.criteria import needed
 from bevel.pruning.scoring import score_groups
 
 
@@ -57,7 +58,7 @@ class Explanation(Record):
     input_shape: list[int]
     original: Cost
     planned: Cost | None
-    """After the first prune step, where that needs no measuring, of images or of latency."""
+    """After the first prune step, where nothing of it is measured, on images or on the target."""
     groups: list[GroupLine]
     steps: list[StepLine]
     targets: list[str]
@@ -157,7 +158,8 @@ def _planned(
         return None
     allocator: Allocator = plugins.load("allocators", step.allocate)
     measured = step.budget is not None and step.budget.latency_ms is not None
-    if measured or (allocator.NEEDS_CALIBRATION and step.ratios is None):
+    looks = needed(step.criterion) != "weights"
+    if measured or looks or (allocator.NEEDS_CALIBRATION and step.ratios is None):
         return None
     plan, _ = plan_step(
         net,
@@ -177,9 +179,9 @@ def _groups(
     """One line per group, dearest first."""
     ranked: dict[int, RankedGroup] = {}
     if step is not None:
-        scores = score_groups(
-            net, analysis, step.criterion, reduction=step.reduction, seed=recipe.seed
-        )
+        # Widths do not depend on the scores, so those that need images have a stand-in.
+        criterion = step.criterion if needed(step.criterion) == "weights" else "random"
+        scores = score_groups(net, analysis, criterion, reduction=step.reduction, seed=recipe.seed)
         align = alignment(step, recipe.targets)
         ranked = {group.index: group for group in rank_all(analysis, scores, align)}
     touched, total = analysis.macs_touched(), max(analysis.cost().macs, 1)
@@ -292,6 +294,8 @@ class _Clock:
             widths = [len(g.widths) for g in self.groups if g.reason is None]
             probes = sum(min(count, PROBES) for count in widths)
             passes += 2.0 * self.recipe.calibration.images * probes  # statistics, then loss
+        if needed(settings.criterion) != "weights":
+            passes += 3.0 * self.recipe.calibration.images  # with the way back, or ranks
         validation = self._images("validation") or 0
         return self.forward_s * (passes + 2 * validation)
 

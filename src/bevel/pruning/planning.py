@@ -21,10 +21,11 @@ from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
 from bevel.pruning.given import given
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.quantities import KNOWN, WEIGHT_BYTES, Build, Quantity
-from bevel.pruning.scoring import check_reduction, score_groups
+from bevel.pruning.scoring import check_calibration, check_reduction, score_groups
 from bevel.pruning.sensitivity import Sensitivity
 
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
+"""Re-iterable batches of images (N, C, H, W) and labels (N,)."""
 
 
 @without_collection()
@@ -69,10 +70,11 @@ def plan_pruning(
             heads go one by one.
         ignore: module names or globs whose output channels all stay.
         calibration: re-iterable batches of (images (N, C, H, W), labels (N,)), held out from
-            training, for allocators that measure.
+            training, for allocators that measure and criteria that look at images. Criteria that
+            need no labels take batches of images alone, too.
         seed: for criteria that draw random numbers.
-        folder: where allocators that measure keep what they measured (`sensitivity.json`), so
-            that a killed call goes on; None: nowhere.
+        folder: where what is measured on images is kept (`sensitivity.json` of allocators,
+            `scores` of criteria), so that a killed call goes on; None: nowhere.
 
     Raises:
         PruningError: the request contradicts itself or cannot be met; says what can be, in
@@ -82,19 +84,21 @@ def plan_pruning(
     """
     known = {**KNOWN, **(quantities or {})}
     asked, limits = _request(ratio, ratios, budget, known)
-    allocator: Allocator = plugins.load("allocators", allocate)
-    plugins.find("criteria", criterion)
-    check_reduction(reduction)
+    allocator = _named(criterion, allocate, reduction, calibration, free=ratios is not None)
     if precision not in WEIGHT_BYTES:
         raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
     if align < 1:
         raise PruningError(f"align is {align}, expected 1 or more")
-    if allocator.NEEDS_CALIBRATION and calibration is None and ratios is None:
-        raise PruningError(
-            f"the allocator '{allocate}' measures on held-out images: pass calibration"
-        )
     analysis = analyze(net, example_inputs, ignore=ignore)
-    scores = score_groups(net, analysis, criterion, reduction=reduction, seed=seed)
+    scores = score_groups(
+        net,
+        analysis,
+        criterion,
+        reduction=reduction,
+        calibration=calibration,
+        folder=Path(folder) / "scores" if folder is not None else None,
+        seed=seed,
+    )
     request: dict[str, Any] = {
         "criterion": criterion,
         "allocate": allocate,
@@ -118,6 +122,30 @@ def plan_pruning(
         kept = allocator.allocate(problem)
     keep = {g.index: g.keep_mask(int(k)) for g, k in zip(groups, kept, strict=True)}
     return make_plan(analysis, keep, request=request, notes=notes)
+
+
+def _named(
+    criterion: str,
+    allocate: str,
+    reduction: str,
+    calibration: LabelledBatches | None,
+    *,
+    free: bool,
+) -> Allocator:
+    """The allocator; all three exist and have the images that they need, or it is an error.
+
+    `free`: the allocator is not asked, because ratios are given by layer.
+    """
+    allocator: Allocator = plugins.load("allocators", allocate)
+    plugins.find("criteria", criterion)
+    check_reduction(reduction)
+    if calibration is None:
+        check_calibration(criterion)
+        if allocator.NEEDS_CALIBRATION and not free:
+            raise PruningError(
+                f"the allocator '{allocate}' measures on held-out images: pass calibration"
+            )
+    return allocator
 
 
 def _problem(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bevel.pruning.criteria import means
 
+NEEDS = "weights"
 COMPARABLE = True
 ROLES = ({"norm"},)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bevel.pruning.criteria import ANY_WEIGHT, norms
 
+NEEDS = "weights"
 COMPARABLE = False
 ROLES = ANY_WEIGHT
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bevel.pruning.criteria import ANY_WEIGHT, means
 
+NEEDS = "weights"
 COMPARABLE = True
 ROLES = ANY_WEIGHT
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEEDS = "weights"
 COMPARABLE = True
 ROLES = ({"unit"},)
 
