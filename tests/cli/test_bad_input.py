@@ -271,9 +271,37 @@ def ratio_out_of_range(_: Workplace) -> list[object]:
     return ["prune", "net.py:tiny", "--input", "1x3x8x8", "--ratio", 2, "--out", "a.safetensors"]
 
 
+PRUNE = ["prune", "net.py:tiny", "--input", "1x3x8x8", "--out", "a.safetensors", "--align", 1]
+
+
 @case("give --macs, --params or --budget (what may remain) or --ratio (what is removed)")
 def neither_budget_nor_ratio(_: Workplace) -> list[object]:
     return ["prune", "net.py:tiny", "--input", "1x3x8x8", "--out", "a.safetensors"]
+
+
+@case("latency_ms is measured on a target: give --target")
+def latency_without_a_target(_: Workplace) -> list[object]:
+    return [*PRUNE, "--budget", "latency_ms=40%"]
+
+
+@case("--size_kb: expected a share above 0, up to 1 (or 100 %)")
+def budget_over_the_whole(_: Workplace) -> list[object]:
+    return [*PRUNE, "--budget", "size_kb=140%"]
+
+
+@case("--budget macs=0.5: macs is limited to 0.4 already")
+def budget_given_twice(_: Workplace) -> list[object]:
+    return [*PRUNE, "--macs", "0.4", "--budget", "macs=0.5"]
+
+
+@case("--budget size: expected NAME=LIMIT")
+def budget_without_a_limit(_: Workplace) -> list[object]:
+    return [*PRUNE, "--budget", "size"]
+
+
+@case("no channel group of 'three'. ")
+def ratio_of_nothing(_: Workplace) -> list[object]:
+    return [*PRUNE, "--ratios", "three=0.5"]
 
 
 @case("expected a name that ends in .safetensors")

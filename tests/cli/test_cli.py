@@ -310,3 +310,28 @@ def test_bars_nest_and_disappear() -> None:
 def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
     say_error("first\nsecond [bold]third[/bold]")
     assert capsys.readouterr().err == "bevel: first second [bold]third[/bold]\n"
+
+
+@pytest.mark.usefixtures("place")
+def test_pruning_by_size_memory_and_layer(bevel: Callable[..., Result]) -> None:
+    model = ["net.py:tiny", "--input", "1x3x8x8", "--align", 1, "--out", "a.safetensors", "--json"]
+    limits = ["--budget", "size_kb=60%", "--budget", "peak_memory_kb=90 %"]
+    found = bevel("prune", *model, *limits, "--target", "onnxruntime:int8@local")
+    assert found.code == 0, found.err
+    assert (
+        json.loads(found.out)["after"]["params"] < 0.7 * json.loads(found.out)["before"]["params"]
+    )
+    found = bevel("prune", *model, "--ratios", "one=0.5", "--ratios", "two=0.25")
+    groups = {group["name"]: group["after"] for group in json.loads(found.out)["groups"]}
+    assert groups == {"one": 4, "two": 6}
+
+
+def test_a_run_keeps_its_sensitivity_map(place: Workplace, bevel: Callable[..., Result]) -> None:
+    step = {"prune": {"allocate": "t_sensitive", "budget": {"size_kb": "70 %"}, "align": 1}}
+    result = bevel("run", place.recipe(steps=[step]), "--out", place.out)
+    assert result.code == 0, result.err
+    stored = json.loads((place.out / "steps/01-prune/sensitivity.json").read_text())
+    (prune, *_) = json.loads((place.out / "run.json").read_text())["steps"]
+    assert prune["numbers"]["sensitivity"] == stored
+    assert {point["group"] for point in stored["points"]} == {"one", "two"}
+    assert "Sensitivity" in (place.out / "report.html").read_text()

@@ -178,10 +178,13 @@ class Latency:
         return tuple(round(length.at(shares)) for length in self.analysis.macs[position].lengths)
 
     def _products(self, widths: Widths) -> np.ndarray:
-        """1, each width, each product of widths: all rounded up to the step of channels."""
+        """1, each width, each product of widths, all in steps of channels; and once more, for what
+        it costs if a width is no whole number of steps: it may take longer than a larger one."""
         steps = [-(-width // self._step) for width in widths]
         subsets = chain.from_iterable(combinations(steps, n) for n in range(len(steps) + 1))
-        return np.array([prod(subset) for subset in subsets], dtype=float)
+        products = np.array([prod(subset) for subset in subsets], dtype=float)
+        uneven = any(width % self._step for width in widths)
+        return np.concatenate([products, uneven * products])
 
     # -- the rest -------------------------------------------------------------------------
 

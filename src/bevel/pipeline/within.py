@@ -1,7 +1,8 @@
-"""A plan whose latency was measured: estimate, plan, measure the whole network, tighten, again."""
+"""A plan whose latency was measured: estimate, plan, measure the whole network, aim anew."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,8 +25,11 @@ from bevel.pruning.planning import plan_pruning
 
 LATENCY = "latency_ms"
 
-ROUNDS = 4
-"""So often a plan is made and measured before the request is refused."""
+ROUNDS = 5
+"""So often, at most, a plan is made and measured."""
+
+CLOSE = 0.9
+"""A plan that takes this share of what may remain is near enough: nothing wider is tried."""
 
 MARGIN = 0.98
 """What is aimed at, as a share of what is asked: the next measurement is not quite this one."""
@@ -47,21 +51,23 @@ class Round(Record):
         """What is left of the time, as measured."""
         return self.measured_ms / self.before_ms
 
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.1%} measured ({self.measured_ms:.3g} of {self.before_ms:.3g} ms), "
+            f"{self.estimated_ms / self.before_ms:.1%} estimated"
+        )
+
 
 class Timing(Record):
-    """How the latency of a plan came about; the last round is the plan's."""
+    """How the latency of a plan came about: the rounds, and which of them is the plan's."""
 
     target: str
     asked: str
     rounds: list[Round] = Field(default_factory=list)
+    chosen: int = 0
 
     def __str__(self) -> str:
-        last = self.rounds[-1]
-        return (
-            f"{LATENCY} <= {self.asked} on {self.target}: {last.share:.1%} measured "
-            f"({last.measured_ms:.3g} of {last.before_ms:.3g} ms), "
-            f"{last.estimated_ms / last.before_ms:.1%} estimated"
-        )
+        return f"{LATENCY} <= {self.asked} on {self.target}: {self.rounds[self.chosen]}"
 
 
 def plan_within(
@@ -100,20 +106,55 @@ def plan_within(
     except ValueError as error:
         raise PruningError(f"the {LATENCY} budget is {budget[LATENCY]}, {error}") from error
     timing = Timing(target=str(target), asked=str(limit))
+    tried: list[tuple[PruningPlan, Round]] = []
+    search = _Search()
     with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
         analysis, table = _table(watch, net, example, request)
         asked = limit.of(table.uncut_ms)
         aim = MARGIN * asked if asked < 1 else 1.0
         for _ in range(ROUNDS):
-            plan = _plan(net, example, {**budget, LATENCY: aim}, target, table, timing, request)
-            found = _measured(watch, net, plan, table, analysis, aim)
-            timing = timing.model_copy(update={"rounds": [*timing.rounds, found]})
-            note(str(timing))
-            if _holds(limit, found):
-                stated = {**plan.request, "budget": dict(budget)}
-                return plan.model_copy(update={"request": stated}), timing
-            aim *= min(MARGIN * limit.of(found.before_ms) / found.share, 1.0)
-    raise _refused(timing)
+            limits = {**budget, LATENCY: aim}
+            try:
+                plan = _plan(net, example, limits, target, table, request)
+            except PruningError:
+                if not tried:
+                    raise
+                break  # there is nothing beyond what was tried
+            known = next((r for p, r in tried if p.groups == plan.groups), None)
+            found = known or _measured(watch, net, plan, table, analysis, aim)
+            held, wanted = _holds(limit, found), limit.of(found.before_ms)
+            if known is None:
+                tried.append((plan, found))
+                note(f"round {len(tried)}: aimed at {aim:.1%}, {found}")
+            if held and (found.share >= CLOSE * wanted or plan.after == plan.before):
+                break
+            aim = search.after(aim, held, MARGIN * wanted / found.share)
+    timing = timing.model_copy(update={"rounds": [found for _, found in tried]})
+    holding = [number for number, (_, found) in enumerate(tried) if _holds(limit, found)]
+    if not holding:
+        raise _refused(timing)
+    chosen = max(holding, key=lambda number: tried[number][1].share)
+    plan = tried[chosen][0]
+    stated = {**plan.request, "budget": dict(budget)}
+    return plan.model_copy(update={"request": stated}), timing.model_copy(update={"chosen": chosen})
+
+
+class _Search:
+    """What to aim at next: more or less by what was missed, between what held and what did not."""
+
+    def __init__(self) -> None:
+        self.held, self.failed = 0.0, 1.0
+
+    def after(self, aim: float, held: bool, missed: float) -> float:
+        """The aim after one that held or not, and missed the limit by this factor."""
+        if held:
+            self.held = max(self.held, aim)
+        else:
+            self.failed = min(self.failed, aim)
+        scaled = aim * missed
+        if self.held < scaled < self.failed:
+            return scaled
+        return math.sqrt(max(self.held, self.failed / 4) * self.failed)
 
 
 def _table(
@@ -132,27 +173,17 @@ def _plan(
     budget: Mapping[str, Amount],
     target: Target,
     table: Table,
-    timing: Timing,
     request: Mapping[str, Any],
 ) -> PruningPlan:
-    """The plan by the table.
-
-    Raises:
-        PruningError: by the table there is none; after a round, with what was measured then.
-    """
-    try:
-        return plan_pruning(
-            net,
-            example,
-            budget=budget,
-            precision=target.precision,
-            quantities={LATENCY: lambda analysis, _: Latency(analysis, table)},
-            **request,
-        )
-    except PruningError as error:
-        if timing.rounds and error.reachable:
-            raise _refused(timing, error.reachable) from error
-        raise
+    """The plan by the table."""
+    return plan_pruning(
+        net,
+        example,
+        budget=budget,
+        precision=target.precision,
+        quantities={LATENCY: lambda analysis, _: Latency(analysis, table)},
+        **request,
+    )
 
 
 def _measured(
@@ -179,10 +210,10 @@ def _holds(limit: Limit, found: Round) -> bool:
     return found.share <= limit.value if limit.share else found.measured_ms <= limit.value
 
 
-def _refused(timing: Timing, reachable: Mapping[str, float] | None = None) -> PruningError:
+def _refused(timing: Timing) -> PruningError:
     """What was reached instead, as measured."""
     best = min(timing.rounds, key=lambda found: found.share)
-    reach = dict(reachable or {}) | {LATENCY: best.share}
+    reach = {LATENCY: best.share}
     if best.share >= 1:
         said = (
             f"the pruned network is not faster on {timing.target}: {best.measured_ms:.3g} ms "

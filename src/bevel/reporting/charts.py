@@ -24,6 +24,8 @@ def charts(record: RunRecord) -> dict[str, Figure]:
     for position, (title, groups) in enumerate(sections.groups(record)):
         if groups:
             found[f"widths-{position}"] = widths(title, groups)
+    for position, (title, points) in enumerate(sections.sensitivities(record)):
+        found[f"sensitivity-{position}"] = sensitivity(title, points)
     return found
 
 
@@ -91,6 +93,24 @@ def widths(title: str, groups: list[dict[str, Any]]) -> Figure:
         for when, colour in (("before", BEFORE), ("after", AFTER))
     ]
     return _figure(data, f"Channels per group, {title}", x="", y="channels", height=420)
+
+
+def sensitivity(title: str, points: list[dict[str, Any]]) -> Figure:
+    """Rise of the loss of every group over the share of it that is kept."""
+    data = []
+    for group in dict.fromkeys(str(point["group"]) for point in points):
+        own = [point for point in points if point["group"] == group]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": group,
+                "x": [point["kept"] / point["rows"] for point in own],
+                "y": [point["loss"] for point in own],
+                "text": [f"accuracy lost: {point['accuracy']:.2%}" for point in own],
+            }
+        )
+    return _figure(data, f"Sensitivity, {title}", x="kept", y="rise of the loss", height=420)
 
 
 def _figure(data: list[dict[str, Any]], title: str, *, x: str, y: str, height: int) -> Figure:

@@ -120,6 +120,24 @@ def groups(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
     ]
 
 
+def sensitivities(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Per pruning step that measured them: its title, and the points of the sensitivity map."""
+    return [
+        (_title(position, step), list(step.numbers["sensitivity"]["points"]))
+        for position, step in enumerate(record.steps, start=1)
+        if step.numbers.get("sensitivity")
+    ]
+
+
+def timings(record: RunRecord) -> list[str]:
+    """Per pruning step with a latency budget: what was asked, measured and estimated."""
+    return [
+        f"{_title(position, step)}: {step.numbers['latency']['summary']}"
+        for position, step in enumerate(record.steps, start=1)
+        if step.numbers.get("latency")
+    ]
+
+
 def histories(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
     """Per training step: its title, and the numbers of every epoch."""
     return [

@@ -45,6 +45,9 @@ def markdown(record: RunRecord) -> str:
     proofs = sections.proofs(record)
     if proofs:
         blocks += ["## Proof", bullets(proofs)]
+    timings = sections.timings(record)
+    if timings:
+        blocks += ["## Latency budgets", bullets(timings)]
     surgeries = sections.surgeries(record)
     if surgeries:
         blocks += ["## Surgery", bullets(surgeries)]
