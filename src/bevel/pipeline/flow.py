@@ -62,18 +62,27 @@ class Flow:
 
     def execute(self) -> None:
         """Everything the recipe says, in order."""
+        self._measure(*self.compress())
+
+    def compress(self) -> tuple[dict[tuple[str, str, str], Artifact], dict[str, nn.Module]]:
+        """All steps and files; nothing is measured and no test image is looked at."""
+        original, compressed = self.advance(len(self.recipe.steps))
+        self._save(compressed, self.folder.path / "compressed.safetensors")
+        self.folder.update(original=original.plan.before, compressed=compressed.plan.after)
+        networks = {"original": original.net, "compressed": compressed.net}
+        return self._export(networks), networks
+
+    def advance(self, steps: int) -> tuple[Model, Model]:
+        """The first steps; what they start from that is whole, and what they lead to."""
         model = original = self._start()
         changed = False
-        for number, step in enumerate(self.recipe.steps, start=1):
+        for number, step in enumerate(self.recipe.steps[:steps], start=1):
             name = f"{number:02d}-{step.verb}"
             changed = changed or step.verb in ("surgery", "prune")
             model = self._step(name, step.verb, step.settings, model, original)
             if not changed:
                 original = model
-        self._save(model, self.folder.path / "compressed.safetensors")
-        self.folder.update(original=original.plan.before, compressed=model.plan.after)
-        networks = {"original": original.net, "compressed": model.net}
-        self._measure(self._export(networks), networks)
+        return original, model
 
     # -- the network ----------------------------------------------------------------------
 
