@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bevel.rewriting.apply import surgery
     from bevel.rewriting.rule import rule as surgery_rule
     from bevel.runtimes import export
+    from bevel.searching import search
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "report",
     "run",
     "save_pruned",
+    "search",
     "surgery",
     "surgery_rule",
     "verify_pruning",
@@ -86,6 +88,7 @@ _HOMES = {
     "report": "bevel.reporting",
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",
+    "search": "bevel.searching",
     "surgery": "bevel.rewriting.apply",
     "surgery_rule": "bevel.rewriting.rule:rule",
     "verify_pruning": "bevel.pruning.verify",

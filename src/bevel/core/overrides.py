@@ -61,7 +61,9 @@ def _list_index(items: list[Any], part: str, source: str, where: str) -> int:
         if int(part) < len(items):
             return int(part)
         raise RecipeError(f"{source}: {where} has {len(items)} elements, counted from 0")
-    having = [i for i, item in enumerate(items) if isinstance(item, dict) and part in item]
+    having = [
+        i for i, item in enumerate(items) if isinstance(item, dict) and item.get(part) is not None
+    ]
     if len(having) == 1:
         return having[0]
     problem = "no element has" if not having else f"{len(having)} elements have"

@@ -255,7 +255,7 @@ class Flow:
         ):
             label, runtime, precision = key
             name = f"{number:02d}-export-{label}-{runtime}-{precision}"
-            path = self._artifact_path(label, runtime, precision)
+            path = artifact_path(self.folder.path, label, runtime, precision)
             if self.folder.finished(name) is None:
                 begun = time.perf_counter()
                 numbers = self._export_one(networks[label], runtime, precision, path)
@@ -294,10 +294,6 @@ class Flow:
             numbers["validation_top1"] = accuracy.top1
         return numbers
 
-    def _artifact_path(self, label: str, runtime: str, precision: str) -> Path:
-        name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
-        return self.folder.path / "artifacts" / name
-
     def _measure(
         self, artifacts: dict[tuple[str, str, str], Artifact], networks: dict[str, nn.Module]
     ) -> None:
@@ -318,6 +314,12 @@ class Flow:
         diagnoses = diagnose_all(measurements, self.example[:1])
         shipments = choose(measurements, diagnoses, self.recipe.quantization.accuracy_drop)
         self.folder.update(measurements=measurements, diagnoses=diagnoses, shipments=shipments)
+
+
+def artifact_path(run_folder: Path, label: str, runtime: str, precision: str) -> Path:
+    """Where a run's file lies; `label` says of which network: original or compressed."""
+    name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
+    return run_folder / "artifacts" / name
 
 
 def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
