@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bevel.rewriting.apply import surgery
     from bevel.rewriting.rule import rule as surgery_rule
     from bevel.runtimes import export
-    from bevel.searching import search
+    from bevel.searching import compare, search
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "RunRecord",
     "analyze",
     "build_model",
+    "compare",
     "diagnose",
     "explain",
     "export",
@@ -73,6 +74,7 @@ _HOMES = {
     "RunRecord": "bevel.core.records",
     "analyze": "bevel.graph.couplings",
     "build_model": "bevel.models:build",
+    "compare": "bevel.searching",
     "diagnose": "bevel.measurement.doctor",
     "explain": "bevel.pipeline",
     "export": "bevel.runtimes",

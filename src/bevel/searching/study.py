@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from bevel.searching.sampling import Sampler
 
+BASE = "base"
+"""Run folder of the steps that all trials have in common, in that of the search."""
+
 
 def search(
     recipe: Recipe | Path | str,
@@ -76,10 +79,8 @@ def search(
     folder = Path(out) if out is not None else Path("runs") / f"{recipe.name}-search"
     with held(folder):
         study = open_study(storage or default_storage(folder), recipe, section)
-        if shared:
-            compress(recipe, out=folder / "base", steps=shared)
         sampler = Sampler(study, section.space, seed=recipe.seed, total=trials)
-        Search(recipe, section, folder, study, sampler, each, jobs).until(trials)
+        Search(recipe, section, folder, study, sampler, each, jobs, shared).until(trials)
         record = record_of(study, recipe, section, sampler)
         write(record, folder)
     if not record.front:
@@ -90,7 +91,7 @@ def search(
 
 @dataclass(frozen=True)
 class Search:
-    """The trials of one study in one folder.
+    """The trials of one study in one folder, which have their first `shared` steps in common.
 
     They go in rounds of `jobs`: first the workers carry all of a round out, then this process
     measures their files one by one, while nothing else runs.
@@ -103,12 +104,15 @@ class Search:
     sampler: Sampler
     each: Workers
     jobs: int
+    shared: int
     attempt: Callable[[Task], str | None] = attempt
     judge: Callable[[Task], Verdict] = judge
 
     def until(self, total: int) -> None:
         """Go on until so many trials have ended, or every combination has been tried."""
         ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        if self.shared and ended < total:
+            compress(self.recipe, out=self.folder / BASE, steps=self.shared)
         for _ in track(self._ended(total), "trials", max(0, total - ended)):
             pass
 
@@ -148,7 +152,7 @@ class Search:
         values = self.sampler.values(trial.params)
         varied = recipes.vary(self.recipe, values, described(values))
         name = f"{self.recipe.name}-{trial.number:04d}"
-        others = [self.folder / "base", *sorted(self.folder.glob("trials/*"))]
+        others = [self.folder / BASE, *sorted(self.folder.glob("trials/*"))]
         return Task(
             recipe=varied.model_copy(update={"name": name}),
             out=self.folder / folder_of(trial.number),
