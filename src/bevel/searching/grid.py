@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from bevel.pipeline.folder import held
 from bevel.searching.comparison import write
 from bevel.searching.records import Cell, Comparison, Duel, Outcome
 from bevel.searching.space import check, combinations, described, label
-from bevel.searching.trial import Task, Verdict, attempt, judge, recall
+from bevel.searching.trial import Task, attempt, judge, recall
 from bevel.searching.workers import Workers, workers
 
 Values = Mapping[str, Any]
@@ -88,8 +88,6 @@ class Grid:
     folder: Path
     seeds: range
     each: Workers
-    attempt: Callable[[Task], str | None] = attempt
-    judge: Callable[[Task, str], Verdict] = judge
 
     def prepare(self, shared: int) -> None:
         """The steps that all cells have in common, once per seed.
@@ -130,7 +128,7 @@ class Grid:
     def _all(self, tasks: Sequence[Task], title: str, *, fatal: bool) -> dict[Path, str]:
         """Have tasks carried out; the reasons of those that failed."""
         reasons: dict[Path, str] = {}
-        ended = self.each(self.attempt, tasks)
+        ended = self.each(attempt, tasks)
         for position, reason in track(ended, title, len(tasks)):
             if reason is None:
                 continue
@@ -145,7 +143,7 @@ class Grid:
         if task.out in reasons:
             return Outcome.model_validate({**place, "reason": reasons[task.out]})
         try:
-            verdicts = [recall(task, split) or self.judge(task, split) for split in splits]
+            verdicts = [recall(task, split) or judge(task, split) for split in splits]
         except BevelError as error:
             return Outcome.model_validate({**place, "reason": str(error)})
         tops = [v.measurement.accuracy.top1 if v.measurement.accuracy else None for v in verdicts]

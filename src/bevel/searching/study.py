@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from bevel.searching.objectives import OBJECTIVES, costs, numbers
 from bevel.searching.records import SearchRecord, TrialRecord
 from bevel.searching.results import write
 from bevel.searching.space import check, described
-from bevel.searching.trial import Task, Verdict, attempt, judge
+from bevel.searching.trial import Task, attempt, judge
 from bevel.searching.workers import Workers, workers
 
 if TYPE_CHECKING:
@@ -105,8 +105,6 @@ class Search:
     each: Workers
     jobs: int
     shared: int
-    attempt: Callable[[Task], str | None] = attempt
-    judge: Callable[[Task], Verdict] = judge
 
     def until(self, total: int) -> None:
         """Go on until so many trials have ended, or every combination has been tried."""
@@ -126,7 +124,7 @@ class Search:
                 except BevelError as error:  # values that do not go together
                     reasons[trial.number] = str(error)
             begun = list(tasks)
-            for position, reason in self.each(self.attempt, list(tasks.values())):
+            for position, reason in self.each(attempt, list(tasks.values())):
                 if reason is not None:
                     reasons[begun[position]] = reason
             for trial in batch:
@@ -166,7 +164,7 @@ class Search:
         values = described(self.sampler.values(trial.params))
         if task is not None and reason is None:
             try:
-                found = numbers(self.judge(task), self.section.objectives)
+                found = numbers(judge(task), self.section.objectives)
             except BevelError as error:
                 reason = str(error)
             else:
