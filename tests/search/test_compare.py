@@ -76,7 +76,7 @@ def test_wins_and_losses_are_over_all_settings_and_seeds(tmp_path: Path) -> None
 
 def test_a_comparison_goes_on_and_can_be_widened(tmp_path: Path) -> None:
     compare(fake(), {"steps.prune.criterion": ["l1"]}, seeds=1, out=tmp_path)
-    compare(fake(), {"steps.prune.criterion": ["l1", "random"]}, seeds=2, jobs=2, out=tmp_path)
+    compare(fake(), {"steps.prune.criterion": ["l1", "random"]}, seeds=2, out=tmp_path)
     attempts = tmp_path.glob("cells/*/*/attempts")
     assert [len(path.read_text().splitlines()) for path in attempts] == [1] * 4
 

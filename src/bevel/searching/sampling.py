@@ -21,7 +21,7 @@ from optuna.distributions import (
 from optuna.trial import Trial, TrialState
 
 from bevel.core.recipe import Range
-from bevel.searching.space import Dimensions, combinations, is_whole, label
+from bevel.searching.space import Dimensions, combinations, is_whole, label, on_step
 
 POPULATION = 16
 """Trials of one generation of NSGA-II: searches here are of tens of trials, not thousands."""
@@ -61,7 +61,7 @@ class Sampler:
             if key not in params:
                 continue
             if isinstance(dimension, Range):
-                found[key] = params[key]
+                found[key] = on_step(params[key], dimension)
             else:
                 labels = [label(value) for value in dimension]
                 found[key] = dimension[labels.index(params[key])]

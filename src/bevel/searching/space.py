@@ -69,7 +69,12 @@ def values_of(dimension: Sequence[Any] | Range) -> Sequence[Any] | None:
         return None
     step = dimension.step or 1
     count = math.floor((dimension.high - dimension.low) / step + 1e-9) + 1
-    return [dimension.low + position * step for position in range(count)]
+    return [on_step(dimension.low + position * step, dimension) for position in range(count)]
+
+
+def on_step(number: float, span: Range) -> float:
+    """The number without the rounding error of low + n * step, such as 0.6000000000000001."""
+    return number if span.step is None or is_whole(span) else round(number, 12)
 
 
 def is_whole(span: Range) -> bool:
