@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fake_trials
@@ -108,38 +109,45 @@ def test_processes_try_the_same_grid_as_one(tmp_path: Path) -> None:
     assert f"{os.getpid()}\n" not in pids
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody waits for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_search_goes_on_with_the_trial_it_was_in(tmp_path: Path, jobs: int) -> None:
     folder = tmp_path / "killed"
     hang = tmp_path / "0003"
     hang.touch()
-    here = Path(fake_trials.__file__)
-    command = [sys.executable, str(here), str(folder), str(jobs), "4"]
+    command = [sys.executable, str(fake_trials.__file__), str(folder), str(jobs), "4"]
     process = subprocess.Popen(command, env={**os.environ, "HANG": str(hang)})
-    attempts = folder / "trials/0003/attempts"
+    attempts = [folder / f"trials/{number:04d}/attempts" for number in range(4)]
     try:
-        deadline = time.monotonic() + 120
-        while not attempts.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        begun = wait_for(lambda: all(a.exists() and a.read_text() != "" for a in attempts), 240)
+        assert begun
         assert process.poll() is None, "it ended before it could be killed"
-        assert attempts.exists()
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    child = int(attempts.read_text())
-    deadline = time.monotonic() + 30
-    while jobs > 1 and Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert jobs == 1 or not Path(f"/proc/{child}").exists(), "a trial outlived its search"
+    inside = int(attempts[3].read_text())
+    assert (inside == process.pid) == (jobs == 1)
+    assert wait_for(lambda: not alive(inside), 60), "a trial outlived its search"
     hang.unlink()
-    subprocess.run(command, check=True, env={**os.environ, "HANG": str(hang)})
+    subprocess.run(command, check=True)
     resumed = SearchRecord.model_validate_json((folder / "search.json").read_bytes())
     assert tried(resumed) == tried(search(fake(), trials=4, out=tmp_path / "whole"))
-    counts = [
-        len((folder / trial.folder / "attempts").read_text().splitlines())
-        for trial in resumed.trials
-    ]
     again = {3} if jobs == 1 else {2, 3}  # a round is measured once all of it is carried out
+    counts = [len(path.read_text().splitlines()) for path in attempts]
     assert counts == [2 if number in again else 1 for number in range(4)]
 
 
