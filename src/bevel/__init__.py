@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bevel.rewriting.reconstruction import reconstruct
     from bevel.rewriting.rule import rule as surgery_rule
     from bevel.runtimes import export
+    from bevel.searching import compare, search
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "RunRecord",
     "analyze",
     "build_model",
+    "compare",
     "diagnose",
     "explain",
     "export",
@@ -63,6 +65,7 @@ __all__ = [
     "report",
     "run",
     "save_pruned",
+    "search",
     "settle",
     "surgery",
     "surgery_rule",
@@ -78,6 +81,7 @@ _HOMES = {
     "RunRecord": "bevel.core.records",
     "analyze": "bevel.graph.couplings",
     "build_model": "bevel.models:build",
+    "compare": "bevel.searching",
     "diagnose": "bevel.measurement.doctor",
     "explain": "bevel.pipeline",
     "export": "bevel.runtimes",
@@ -96,6 +100,7 @@ _HOMES = {
     "report": "bevel.reporting",
     "run": "bevel.pipeline",
     "save_pruned": "bevel.pruning.apply",
+    "search": "bevel.searching",
     "settle": "bevel.models.fading",
     "surgery": "bevel.rewriting.apply",
     "surgery_rule": "bevel.rewriting.rule:rule",

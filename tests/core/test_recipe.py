@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
+from bevel.core.overrides import override
 from bevel.core.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -82,12 +83,12 @@ def test_an_override_makes_the_sections_it_needs(tmp_path: Path) -> None:
 def test_an_override_is_what_the_same_yaml_would_be(epochs: int, lr: float, name: str) -> None:
     value = yaml.safe_load(f"{name!r}")
     raw = minimal()
-    for override in (
+    for text in (
         f"steps.0.train.epochs={epochs}",
         f"steps.train.lr={lr:.9f}",
         f"name={name!r}",
     ):
-        recipes._override(raw, override)
+        override(raw, text)
     expected = minimal()
     expected["name"] = value
     expected["steps"][0]["train"] = {"epochs": epochs, "lr": float(f"{lr:.9f}")}
@@ -98,7 +99,7 @@ def test_an_override_is_what_the_same_yaml_would_be(epochs: int, lr: float, name
 def test_any_override_is_applied_or_refused_in_one_line(text: str) -> None:
     raw = minimal()
     try:
-        recipes._override(raw, text)
+        override(raw, text)
         recipes.validate(raw)
     except RecipeError as error:
         assert str(error)
@@ -116,7 +117,7 @@ KEYS = st.sampled_from(["steps", "train", "prune", "0", "7", "model", "name", "d
 def test_any_path_is_applied_or_refused(keys: list[str], value: str) -> None:
     raw = minimal()
     try:
-        recipes._override(raw, f"{'.'.join(keys)}={value}")
+        override(raw, f"{'.'.join(keys)}={value}")
         recipes.validate(raw)
     except RecipeError as error:
         assert "\n" not in str(error)

@@ -15,7 +15,7 @@ import typer
 import typer.main
 
 from bevel import __version__
-from bevel.cli import doctor, exported, files, listing, package, runs, surgery
+from bevel.cli import doctor, exported, files, listing, package, runs, search, surgery
 from bevel.cli.console import interrupted, say_error
 from bevel.core.errors import BevelError, one_line
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 runs.register(app)
+search.register(app)
 surgery.register(app)
 files.register(app)
 exported.register(app)

@@ -49,7 +49,8 @@ def say_error(message: str) -> None:
 
 def interrupted(arguments: Sequence[str]) -> None:
     """The line after Ctrl-C."""
-    resume = "; the same command continues the run" if arguments[:1] == ["run"] else ""
+    resumes = arguments[:1] and arguments[0] in ("run", "search", "compare")
+    resume = f"; the same command continues the {arguments[0]}" if resumes else ""
     say_error(f"interrupted{resume}")
 
 

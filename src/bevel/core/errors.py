@@ -77,6 +77,10 @@ class RunFolderError(BevelError):
     """A run folder that cannot be written, is in use, or belongs to another recipe."""
 
 
+class SearchError(BevelError):
+    """A search or a comparison that cannot begin, or of which nothing succeeded."""
+
+
 FORWARD_FAULTS = (
     ArithmeticError,
     AssertionError,

@@ -7,7 +7,7 @@ applies `a.b=c` overrides and turns every mistake into one line that names the k
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -16,7 +16,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -25,6 +27,7 @@ from pydantic import (
 
 from bevel.core.errors import RecipeError, one_line, suggestion
 from bevel.core.limits import QUANTITIES, Amount, parse_limit
+from bevel.core.overrides import assign, override
 
 
 class Section(BaseModel):
@@ -449,6 +452,55 @@ class Target(Section):
         return f"{self.runtime}:{self.precision}@{self.device}"
 
 
+class Range(Section):
+    """Numbers from low to high; whole ones where all that is given is whole."""
+
+    low: int | float
+    high: int | float
+    step: int | float | None = Field(default=None, gt=0, description="distance between values")
+    log: bool = Field(default=False, description="search the orders of magnitude evenly")
+
+    @model_validator(mode="after")
+    def numbers_to_choose(self) -> Range:
+        """More than one number, and what a logarithm can take."""
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low above 0, and no step")
+        return self
+
+
+Dimension = Annotated[
+    Annotated[list[Any], Field(min_length=1), Tag("choices")] | Annotated[Range, Tag("range")],
+    Discriminator(
+        lambda value: {list: "choices", dict: "range", Range: "range"}.get(type(value)),
+        custom_error_type="dimension",
+        custom_error_message="expected a list of choices, or a range such as {low: 0.3, high: 0.7}",
+    ),
+]
+
+
+class SearchSection(Section):
+    """What `bevel search` varies, and what it looks for. `bevel run` does not read it."""
+
+    space: dict[str, Dimension] = Field(
+        min_length=1, description="keys of the recipe, such as steps.prune.criterion, with values"
+    )
+    objectives: list[Literal["accuracy", "latency_ms", "size_bytes", "macs", "params"]] = Field(
+        default=["accuracy", "latency_ms", "size_bytes"],
+        min_length=1,
+        description="accuracy is on validation images and is to be high, the others low",
+    )
+
+    @field_validator("objectives")
+    @classmethod
+    def each_once(cls, names: list[str]) -> list[str]:
+        """Twice the same is one objective."""
+        if len(set(names)) < len(names):
+            raise ValueError("an objective is there twice")
+        return names
+
+
 class Recipe(Section):
     """From a trained network to measured artifacts."""
 
@@ -461,6 +513,7 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     targets: list[Target] = Field(min_length=1)
+    search: SearchSection | None = None
 
     @model_validator(mode="after")
     def original_to_learn_from(self) -> Recipe:
@@ -529,9 +582,21 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a recipe: expected keys such as 'model' and 'steps'")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     return validate(raw, source=str(path))
+
+
+def vary(recipe: Recipe, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe with other values at dotted keys such as `steps.prune.criterion`.
+
+    Raises:
+        RecipeError: a key leads nowhere, or the result does not validate; says so after `source`.
+    """
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        assign(raw, key, value, source)
+    return validate(raw, source)
 
 
 def validate(raw: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -544,52 +609,6 @@ def validate(raw: dict[str, Any], source: str = "recipe") -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_explain(error)}") from error
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as data.root=/data/cifar10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {override}: the value is not valid YAML: {one_line(error)}"
-        ) from error
-    parts = key.split(".")
-    node: Any = raw
-    for depth, part in enumerate(parts):
-        where = ".".join(parts[:depth]) or "the recipe"
-        index: str | int = part
-        if isinstance(node, list):
-            index = _list_index(node, part, override, where)
-        elif not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {where} is a value, it has no key '{part}'")
-        if depth == len(parts) - 1:
-            by_verb = isinstance(node, list) and not part.isdigit()
-            node[index] = {part: value} if by_verb else value
-        elif isinstance(index, str):
-            if node.get(index) is None:
-                node[index] = {}
-            node = node[index]
-        elif part.isdigit():
-            node = node[index]
-        else:  # a step by its verb: stay on the one-key mapping's value
-            node = node[index][part]
-
-
-def _list_index(items: list[Any], part: str, override: str, where: str) -> int:
-    """Position that `part` (an index, or the verb of the only such step) means in a list."""
-    if part.isdigit():
-        if int(part) < len(items):
-            return int(part)
-        raise RecipeError(f"--set {override}: {where} has {len(items)} elements, counted from 0")
-    having = [i for i, item in enumerate(items) if isinstance(item, dict) and part in item]
-    if len(having) == 1:
-        return having[0]
-    problem = "no element has" if not having else f"{len(having)} elements have"
-    raise RecipeError(f"--set {override}: {problem} '{part}' in {where}; use an index from 0")
 
 
 def _explain(error: ValidationError) -> str:
@@ -627,7 +646,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
     """The section class inside an annotation such as `list[Step]` or `Budget | None`."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, Section) else None
-    if get_origin(annotation) in (Union, types.UnionType, list):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list, dict):
         for argument in get_args(annotation):
             found = _section_in(argument)
             if found is not None:

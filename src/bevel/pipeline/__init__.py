@@ -11,9 +11,10 @@ from bevel.core.records import RunRecord
 from bevel.pipeline.explanation import Explanation
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder, now
+from bevel.pipeline.sharing import adopt
 from bevel.reporting import write
 
-__all__ = ["Explanation", "explain", "run"]
+__all__ = ["Explanation", "compress", "explain", "run"]
 
 
 def run(
@@ -43,6 +44,33 @@ def run(
         return folder.record
 
 
+def compress(
+    recipe: Recipe, *, out: Path, leading: Sequence[Path] = (), steps: int | None = None
+) -> RunRecord:
+    """Carry out a recipe up to its files, or go on. No test image is looked at.
+
+    `run` in the same folder goes on with measuring.
+
+    Args:
+        recipe: a recipe.
+        out: the run folder.
+        leading: run folders of which finished steps are taken over, as far as they are the same.
+        steps: stop after so many steps, before the files.
+
+    Raises:
+        BevelError: what failed and what to do; everything finished so far stays in the folder.
+    """
+    recipe = _loaded(recipe, ())
+    with RunFolder(out, recipe) as folder:
+        adopt(folder, leading)
+        flow = Flow(recipe, folder)
+        if steps is None:
+            flow.compress()
+        else:
+            flow.advance(steps)
+        return folder.record
+
+
 def explain(recipe: Recipe | Path | str, *, overrides: Sequence[str] = ()) -> Explanation:
     """What a recipe would do, without training: what can be pruned, what not and why, and costs.
 
@@ -53,4 +81,5 @@ def explain(recipe: Recipe | Path | str, *, overrides: Sequence[str] = ()) -> Ex
 
 
 def _loaded(recipe: Recipe | Path | str, overrides: Sequence[str]) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    return loaded.model_copy(update={"search": None})  # a run is the same with any search

@@ -96,18 +96,27 @@ class Flow:
 
     def execute(self) -> None:
         """Everything the recipe says, in order."""
+        self._measure(*self.compress())
+
+    def compress(self) -> tuple[dict[tuple[str, str, str], Artifact], dict[str, Model]]:
+        """All steps and files; nothing is measured and no test image is looked at."""
+        original, compressed = self.advance(len(self.recipe.steps))
+        self._save(compressed, self.folder.path / "compressed.safetensors")
+        self.folder.update(original=original.plan.before, compressed=compressed.plan.after)
+        models = {"original": original, "compressed": compressed}
+        return self._export(models), models
+
+    def advance(self, steps: int) -> tuple[Model, Model]:
+        """The first steps; what they start from that is whole, and what they lead to."""
         model = original = self._start()
         changed = False
-        for number, step in enumerate(self.recipe.steps, start=1):
+        for number, step in enumerate(self.recipe.steps[:steps], start=1):
             name = f"{number:02d}-{step.verb}"
             changed = changed or step.verb in ("surgery", "prune", "iterate", "resize", "sparsify")
             model = self._step(name, step.verb, step.settings, model, original)
             if not changed:
                 original = model
-        self._save(model, self.folder.path / "compressed.safetensors")
-        self.folder.update(original=original.plan.before, compressed=model.plan.after)
-        models = {"original": original, "compressed": model}
-        self._measure(self._export(models), models)
+        return original, model
 
     # -- the network ----------------------------------------------------------------------
 
@@ -389,7 +398,7 @@ class Flow:
         ):
             label, runtime, precision = key
             name = f"{number:02d}-export-{label}-{runtime}-{precision}"
-            path = self._artifact_path(label, runtime, precision)
+            path = artifact_path(self.folder.path, label, runtime, precision)
             if self.folder.finished(name) is None:
                 begun = time.perf_counter()
                 numbers = self._export_one(models[label], runtime, precision, path)
@@ -428,10 +437,6 @@ class Flow:
             numbers["validation_top1"] = accuracy.top1
         return numbers
 
-    def _artifact_path(self, label: str, runtime: str, precision: str) -> Path:
-        name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
-        return self.folder.path / "artifacts" / name
-
     def _measure(
         self, artifacts: dict[tuple[str, str, str], Artifact], models: dict[str, Model]
     ) -> None:
@@ -454,6 +459,12 @@ class Flow:
         diagnoses = diagnose_all(measurements, models["compressed"].example[:1])
         shipments = choose(measurements, diagnoses, self.recipe.quantization.accuracy_drop)
         self.folder.update(measurements=measurements, diagnoses=diagnoses, shipments=shipments)
+
+
+def artifact_path(run_folder: Path, label: str, runtime: str, precision: str) -> Path:
+    """Where a run's file lies; `label` says of which network: original or compressed."""
+    name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
+    return run_folder / "artifacts" / name
 
 
 def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:

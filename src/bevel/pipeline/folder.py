@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 import bevel
 from bevel.core.errors import RunFolderError, one_line
-from bevel.core.files import sha256, write_json, write_text
+from bevel.core.files import locked, sha256, write_json, write_text
 from bevel.core.progress import note
 from bevel.core.recipe import Recipe
 from bevel.core.records import RunRecord, StepRecord
@@ -41,24 +41,10 @@ class RunFolder:
         self.resolved = recipe.model_dump(mode="json")
 
     def __enter__(self) -> RunFolder:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot write the run folder {self.path}: {error.strerror or error}; "
-                "choose another with --out"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise RunFolderError(f"another process is running in {self.path}") from error
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(held(self.path))
             self.record = self._opened()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(
@@ -91,7 +77,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{file} is damaged: {one_line(error, 120)}; use another --out"
             ) from error
-        difference = _first_difference(record.recipe, self.resolved)
+        difference = first_difference(record.recipe, self.resolved)
         if difference is not None:
             raise RunFolderError(
                 f"{self.path} holds a run of another recipe ({difference}); "
@@ -140,6 +126,27 @@ class RunFolder:
         return self.path / "steps" / name
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a folder of runs, made if there is none, for this process alone.
+
+    Raises:
+        RunFolderError: it cannot be written, or another process holds it.
+    """
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        except BlockingIOError as error:
+            raise RunFolderError(f"another process is running in {path}") from error
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write the run folder {path}: {error.strerror or error}; "
+                "choose another with --out"
+            ) from error
+        yield
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -168,24 +175,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
+def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     """`key: old != new` for the first place where two recipes differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
-            found = _first_difference(
-                old.get(key), new.get(key), f"{where}.{key}" if where else key
-            )
+            found = first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
             if found is not None:
                 return found
         return None
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return next(
-            (
-                d
-                for i, (a, b) in pairs
-                if (d := _first_difference(a, b, f"{where}.{i}")) is not None
-            ),
+            (d for i, (a, b) in pairs if (d := first_difference(a, b, f"{where}.{i}")) is not None),
             None,
         )
     return None if old == new else f"{where}: {one_line(old, 40)} there, {one_line(new, 40)} here"

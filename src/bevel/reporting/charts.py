@@ -43,7 +43,7 @@ def latency(record: RunRecord) -> Figure:
         for measurement in reversed(ordered(record.measurements))
         if measurement.latency
     ]
-    return _figure(data, "Latency of one image", x="ms", y="", height=140 + 60 * len(data))
+    return figure(data, "Latency of one image", x="ms", y="", height=140 + 60 * len(data))
 
 
 def training(title: str, history: list[dict[str, Any]]) -> Figure:
@@ -68,15 +68,15 @@ def training(title: str, history: list[dict[str, Any]]) -> Figure:
             "line": {"color": AFTER},
         },
     ]
-    figure = _figure(data, f"Training, {title}", x="epoch", y="loss", height=340)
-    figure["layout"]["yaxis2"] = {
+    chart = figure(data, f"Training, {title}", x="epoch", y="loss", height=340)
+    chart["layout"]["yaxis2"] = {
         "title": {"text": "accuracy"},
         "overlaying": "y",
         "side": "right",
         "tickformat": ".1%",
         "showgrid": False,
     }
-    return figure
+    return chart
 
 
 def widths(title: str, groups: list[dict[str, Any]]) -> Figure:
@@ -92,7 +92,7 @@ def widths(title: str, groups: list[dict[str, Any]]) -> Figure:
         }
         for when, colour in (("before", BEFORE), ("after", AFTER))
     ]
-    return _figure(data, f"Channels per group, {title}", x="", y="channels", height=420)
+    return figure(data, f"Channels per group, {title}", x="", y="channels", height=420)
 
 
 def sensitivity(title: str, points: list[dict[str, Any]]) -> Figure:
@@ -110,10 +110,10 @@ def sensitivity(title: str, points: list[dict[str, Any]]) -> Figure:
                 "text": [f"accuracy lost: {point['accuracy']:.2%}" for point in own],
             }
         )
-    return _figure(data, f"Sensitivity, {title}", x="kept", y="rise of the loss", height=420)
+    return figure(data, f"Sensitivity, {title}", x="kept", y="rise of the loss", height=420)
 
 
-def _figure(data: list[dict[str, Any]], title: str, *, x: str, y: str, height: int) -> Figure:
+def figure(data: list[dict[str, Any]], title: str, *, x: str, y: str, height: int) -> Figure:
     """A figure in the report's style."""
     layout = {
         "title": {"text": title, "font": {"size": 16}},

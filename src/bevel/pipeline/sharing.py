@@ -1,0 +1,81 @@
+"""Steps that two runs have in common are done once: one takes them over from the other's folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from bevel.core.errors import RecipeError, RunFolderError
+from bevel.core.files import atomic, sha256
+from bevel.core.recipe import PruneStep, Recipe, Step, validate
+from bevel.core.records import StepRecord
+from bevel.pipeline.folder import RunFolder
+from bevel.reporting import read
+
+ALWAYS = ("model", "data", "seed")
+"""Sections of a recipe that every step depends on."""
+
+ALSO = {
+    "train": (),
+    "finetune": (),
+    "surgery": ("calibration",),
+    "prune": ("calibration",),
+    "qat": ("calibration", "quantization", "targets"),
+}
+"""Other sections that a step depends on, by its verb."""
+
+
+def common_steps(one: Recipe, other: Recipe) -> int:
+    """How many leading steps of two recipes give the same network, as do all steps before them."""
+    for position, (step, counterpart) in enumerate(zip(one.steps, other.steps, strict=False)):
+        sections = (*ALWAYS, *_sections(step))
+        if step != counterpart or any(getattr(one, s) != getattr(other, s) for s in sections):
+            return position
+    return min(len(one.steps), len(other.steps))
+
+
+def _sections(step: Step) -> tuple[str, ...]:
+    """What else the step's result depends on."""
+    settings = step.settings
+    if isinstance(settings, PruneStep) and settings.align == "auto":
+        return (*ALSO[step.verb], "targets")
+    return ALSO[step.verb]
+
+
+def adopt(folder: RunFolder, others: Sequence[Path]) -> None:
+    """Take over the most finished steps that one of the other run folders has.
+
+    Their files are copied and their lines are recorded as they are. Folders without a run are
+    passed over.
+    """
+    source, steps = folder.path, folder.record.steps
+    for other in others:
+        found = _finished(other, folder.recipe)
+        if len(found) > len(steps):
+            source, steps = other, found
+    if source != folder.path:
+        # A file that has changed since ends it: from that step on they are done again.
+        taken = takewhile(lambda step: _copied(step, source, folder.path), steps)
+        folder.update(steps=list(taken))
+
+
+def _copied(step: StepRecord, source: Path, target: Path) -> bool:
+    """Copy a step's files; whether they are those that were recorded."""
+    for name, digest in step.files.items():
+        with atomic(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+        if sha256(target / name) != digest:
+            return False
+    return True
+
+
+def _finished(other: Path, recipe: Recipe) -> list[StepRecord]:
+    """The leading steps of a run that are done and are steps of this recipe too."""
+    try:
+        record = read(other)
+        theirs = validate(record.recipe)
+    except (RunFolderError, RecipeError):
+        return []
+    return record.steps[: common_steps(theirs, recipe)]
