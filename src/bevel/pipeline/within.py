@@ -109,6 +109,8 @@ def plan_within(
     tried: list[tuple[PruningPlan, Round]] = []
     search = _Search()
     with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
+        # Every round allocates: what an allocator measures is of use to the next.
+        request["folder"] = request.get("folder") or watch.folder
         analysis, table = _table(watch, net, example, request)
         asked = limit.of(table.uncut_ms)
         aim = MARGIN * asked if asked < 1 else 1.0

@@ -82,17 +82,10 @@ def plan_pruning(
     """
     known = {**KNOWN, **(quantities or {})}
     asked, limits = _request(ratio, ratios, budget, known)
-    allocator: Allocator = plugins.load("allocators", allocate)
     plugins.find("criteria", criterion)
     check_reduction(reduction)
-    if precision not in WEIGHT_BYTES:
-        raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
-    if align < 1:
-        raise PruningError(f"align is {align}, expected 1 or more")
-    if allocator.NEEDS_CALIBRATION and calibration is None and ratios is None:
-        raise PruningError(
-            f"the allocator '{allocate}' measures on held-out images: pass calibration"
-        )
+    _check(align, precision)
+    allocator = _allocator(allocate, can_measure=calibration is not None or ratios is not None)
     analysis = analyze(net, example_inputs, ignore=ignore)
     scores = score_groups(net, analysis, criterion, reduction=reduction, seed=seed)
     request: dict[str, Any] = {
@@ -118,6 +111,20 @@ def plan_pruning(
         kept = allocator.allocate(problem)
     keep = {g.index: g.keep_mask(int(k)) for g, k in zip(groups, kept, strict=True)}
     return make_plan(analysis, keep, request=request, notes=notes)
+
+
+def _allocator(name: str, *, can_measure: bool) -> Allocator:
+    allocator: Allocator = plugins.load("allocators", name)
+    if allocator.NEEDS_CALIBRATION and not can_measure:
+        raise PruningError(f"the allocator '{name}' measures on held-out images: pass calibration")
+    return allocator
+
+
+def _check(align: int, precision: str) -> None:
+    if precision not in WEIGHT_BYTES:
+        raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
+    if align < 1:
+        raise PruningError(f"align is {align}, expected 1 or more")
 
 
 def _problem(
