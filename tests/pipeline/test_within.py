@@ -225,7 +225,9 @@ def test_a_limit_that_is_never_met_says_what_was():
 
 def test_a_limit_out_of_reach_says_what_the_table_does():
     net = randomise(Plain())
-    with pytest.raises(PruningError, match=r"only latency_ms \S+% \(\S+ ms\) can be reached") as e:
+    with pytest.raises(
+        PruningError, match=r"latency_ms <= 2% \(\S+ ms\), but only latency_ms \S+% \(\S+ ms\) can"
+    ) as e:
         within(net, Fake(net), {"latency_ms": "2 %"})
     assert 0.02 < e.value.reachable["latency_ms"] < 1
     with pytest.raises(PruningError, match="budget is 0, expected a share"):

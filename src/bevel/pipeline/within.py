@@ -119,9 +119,12 @@ def plan_within(
             try:
                 plan = _plan(net, example, limits, target, table, request)
             except PruningError:
-                if not tried:
+                if tried:
+                    break  # there is nothing beyond what was tried
+                if aim >= asked:
                     raise
-                break  # there is nothing beyond what was tried
+                aim = asked  # without the margin, so that the error is of what was asked
+                continue
             known = next((r for p, r in tried if p.groups == plan.groups), None)
             found = known or _measured(watch, net, plan, table, analysis, aim)
             held, wanted = _holds(limit, found), limit.of(found.before_ms)
