@@ -47,9 +47,9 @@ def test_the_scores_that_a_step_keeps_are_those_of_its_calibration_images(finish
     recipe = recipes.validate(RECIPE)
     with RunFolder(finished, recipe) as folder:
         flow = Flow(recipe, folder)
-    trained = flow._restore(finished / "steps/01-train/model.safetensors")
-    analysis = bevel.analyze(trained.net, flow.example)
-    images = flow.data.batches("validation", limit=96)
+    trained = flow._restore(finished / "steps/01-train/model.safetensors", flow._data())
+    analysis = bevel.analyze(trained.net, trained.example)
+    images = trained.data.batches("validation", limit=96)
     expected = score_groups(trained.net, analysis, "taylor", calibration=images)
     for name, rows in load_file(kept).items():
         assert rows[0] == pytest.approx(expected[int(name)], rel=1e-4, abs=1e-12)
@@ -59,10 +59,12 @@ def test_the_scores_that_a_step_keeps_are_those_of_its_calibration_images(finish
         raise AssertionError("a pass for scores that are known")
 
     monkeypatch.setattr("bevel.pruning.scoring.observe", refuse)
-    again, _ = flow._prune("02-prune", trained, recipe.steps[1].prune)
+    again, _ = flow._prune(trained, recipe.steps[1].prune, finished / "steps/02-prune")
     for mine, theirs in zip(
         again.net.state_dict().values(),
-        flow._restore(finished / "steps/02-prune/model.safetensors").net.state_dict().values(),
+        flow._restore(finished / "steps/02-prune/model.safetensors", trained.data)
+        .net.state_dict()
+        .values(),
         strict=True,
     ):
         assert np.array_equal(mine.numpy(), theirs.numpy())

@@ -18,6 +18,7 @@ from bevel.measurement.stopwatch import Stopwatch
 from bevel.pipeline.within import ROUNDS, plan_within
 from bevel.pruning.allocate import rank_all
 from bevel.pruning.plan import make_plan
+from bevel.pruning.sensitivity import Sensitivity
 from networks import EXAMPLE, Plain, Projection, randomise
 
 TARGET = Target()
@@ -186,6 +187,25 @@ def test_a_target_that_is_faster_than_its_table_gets_a_wider_network():
     assert plan.after.macs > honest.after.macs
 
 
+def test_the_rounds_share_one_sensitivity_map(monkeypatch):
+    net = randomise(Plain())
+    measure, cuts = Sensitivity._cut, []
+
+    def counted(self, group, kept):
+        cuts.append((group.index, kept))
+        return measure(self, group, kept)
+
+    monkeypatch.setattr(Sensitivity, "_cut", counted)
+    images = torch.randn(32, *EXAMPLE.shape[1:])
+    with torch.no_grad():
+        data = [(images, net(images).argmax(1))]
+    watch = Fake(net, whole=lambda ms: 1.2 * ms)
+    request = {"allocate": "t_sensitive", "calibration": data}
+    _, timing = within(net, watch, {"latency_ms": "70 %"}, **request)
+    assert len(timing.rounds) > 1
+    assert cuts and len(cuts) == len(set(cuts))
+
+
 def test_what_makes_nothing_faster_is_refused():
     net = randomise(Plain())
     with pytest.raises(PruningError, match=r"not faster on onnxruntime:float32@local: .* against"):
@@ -205,7 +225,9 @@ def test_a_limit_that_is_never_met_says_what_was():
 
 def test_a_limit_out_of_reach_says_what_the_table_does():
     net = randomise(Plain())
-    with pytest.raises(PruningError, match=r"only latency_ms \S+% \(\S+ ms\) can be reached") as e:
+    with pytest.raises(
+        PruningError, match=r"latency_ms <= 2% \(\S+ ms\), but only latency_ms \S+% \(\S+ ms\) can"
+    ) as e:
         within(net, Fake(net), {"latency_ms": "2 %"})
     assert 0.02 < e.value.reachable["latency_ms"] < 1
     with pytest.raises(PruningError, match="budget is 0, expected a share"):

@@ -175,6 +175,19 @@ def prune(
             input_shape=input_shape,
         )
         plan, proof, timing = _prune_and_save(network, step, source, place, out, program=program)
+    _tell_pruned(out, plan, proof, timing, program=program, json=json)
+
+
+def _tell_pruned(
+    out: Path,
+    plan: PruningPlan,
+    proof: Proof,
+    timing: Timing | None,
+    *,
+    program: bool,
+    json: bool,
+) -> None:
+    """What was written, as one JSON object or for people."""
     written = _written(out) | ({"program": str(out.with_suffix(".pt2"))} if program else {})
     if timing is not None:
         written |= {"latency": timing.model_dump(mode="json") | {"summary": str(timing)}}

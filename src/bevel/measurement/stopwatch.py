@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor, nn
 
@@ -49,13 +48,13 @@ class Stopwatch:
         self._holder = tempfile.TemporaryDirectory(prefix="bevel-")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._holder.cleanup()
+
+    @property
+    def folder(self) -> Path:
+        """For what is of use only until the end."""
+        return Path(self._holder.name)
 
     def about(self) -> dict[str, str]:
         """What a time depends on besides the network: the device, its processor, versions."""
@@ -112,6 +111,6 @@ class Stopwatch:
             precision=self.target.precision,
             calibration=self.calibration if self.target.precision == "int8" else None,
             quantization=self.quantization,
-            path=Path(self._holder.name) / f"{name}{runtime.SUFFIX}",
+            path=self.folder / f"{name}{runtime.SUFFIX}",
         )
         return self._last

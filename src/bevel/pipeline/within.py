@@ -109,6 +109,8 @@ def plan_within(
     tried: list[tuple[PruningPlan, Round]] = []
     search = _Search()
     with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
+        # Every round allocates: what an allocator measures is of use to the next.
+        request["folder"] = request.get("folder") or watch.folder
         analysis, table = _table(watch, net, example, request)
         asked = limit.of(table.uncut_ms)
         aim = MARGIN * asked if asked < 1 else 1.0
@@ -117,9 +119,12 @@ def plan_within(
             try:
                 plan = _plan(net, example, limits, target, table, request)
             except PruningError:
-                if not tried:
+                if tried:
+                    break  # there is nothing beyond what was tried
+                if aim >= asked:
                     raise
-                break  # there is nothing beyond what was tried
+                aim = asked  # without the margin, so that the error is of what was asked
+                continue
             known = next((r for p, r in tried if p.groups == plan.groups), None)
             found = known or _measured(watch, net, plan, table, analysis, aim)
             held, wanted = _holds(limit, found), limit.of(found.before_ms)

@@ -84,11 +84,11 @@ def plan_pruning(
     """
     known = {**KNOWN, **(quantities or {})}
     asked, limits = _request(ratio, ratios, budget, known)
-    allocator = _named(criterion, allocate, reduction, calibration, free=ratios is not None)
-    if precision not in WEIGHT_BYTES:
-        raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
-    if align < 1:
-        raise PruningError(f"align is {align}, expected 1 or more")
+    _check(align, precision)
+    check_reduction(reduction)
+    if calibration is None:
+        check_calibration(criterion)
+    allocator = _allocator(allocate, can_measure=calibration is not None or ratios is not None)
     analysis = analyze(net, example_inputs, ignore=ignore)
     scores = score_groups(
         net,
@@ -124,28 +124,18 @@ def plan_pruning(
     return make_plan(analysis, keep, request=request, notes=notes)
 
 
-def _named(
-    criterion: str,
-    allocate: str,
-    reduction: str,
-    calibration: LabelledBatches | None,
-    *,
-    free: bool,
-) -> Allocator:
-    """The allocator; all three exist and have the images that they need, or it is an error.
-
-    `free`: the allocator is not asked, because ratios are given by layer.
-    """
-    allocator: Allocator = plugins.load("allocators", allocate)
-    plugins.find("criteria", criterion)
-    check_reduction(reduction)
-    if calibration is None:
-        check_calibration(criterion)
-        if allocator.NEEDS_CALIBRATION and not free:
-            raise PruningError(
-                f"the allocator '{allocate}' measures on held-out images: pass calibration"
-            )
+def _allocator(name: str, *, can_measure: bool) -> Allocator:
+    allocator: Allocator = plugins.load("allocators", name)
+    if allocator.NEEDS_CALIBRATION and not can_measure:
+        raise PruningError(f"the allocator '{name}' measures on held-out images: pass calibration")
     return allocator
+
+
+def _check(align: int, precision: str) -> None:
+    if precision not in WEIGHT_BYTES:
+        raise PruningError(f"no precision '{precision}'. {suggestion(precision, WEIGHT_BYTES)}")
+    if align < 1:
+        raise PruningError(f"align is {align}, expected 1 or more")
 
 
 def _problem(
