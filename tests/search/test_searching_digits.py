@@ -128,7 +128,7 @@ def test_compare_prints_both_tables(recipe: Path, capfd: pytest.CaptureFixture[s
 def test_a_mistake_is_one_line_and_exit_code_2(
     recipe: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main([argument.format(recipe) for argument in arguments]) == 2
+    assert main([argument.replace("{}", str(recipe)) for argument in arguments]) == 2
     said = capfd.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1

@@ -65,6 +65,21 @@ def test_few_combinations_are_all_tried_once_and_the_front_is_theirs(tmp_path: P
     assert set(record.front) == unbeaten
 
 
+def test_choices_are_of_any_kind(tmp_path: Path) -> None:
+    space = {
+        "steps.prune.budget": [{"macs": 0.5}, {"macs": 0.25}],
+        "steps.prune.align": [4, "auto"],
+        "data.download": [True, False],
+    }
+    for trials, name in ((8, "each"), (5, "sampled")):
+        record = search(fake(space=space), trials=trials, out=tmp_path / name)
+        assert {trial.state for trial in record.trials} == {"finished"}
+        for trial in record.trials:
+            assert all(trial.values[key] in choices for key, choices in space.items())
+        different = {json.dumps(trial.values) for trial in record.trials}
+        assert len(different) == 8 or name == "sampled"
+
+
 def test_what_is_left_is_what_was_returned_and_each_point_has_its_recipe(tmp_path: Path) -> None:
     record = search(fake(), trials=9, out=tmp_path)
     assert json.loads((tmp_path / "search.json").read_text()) == record.model_dump(mode="json")

@@ -49,7 +49,7 @@ class Sampler:
             new = [values for values in self.grid if values not in seen]
             if not new:
                 return None
-            self.study.enqueue_trial(_params(new[0]))
+            self.study.enqueue_trial(self._params(new[0]))
         seed = int(np.random.SeedSequence([self.seed, len(trials)]).generate_state(1)[0])
         self.study.sampler = _sampler(len(self.study.directions), seed)
         return self.study.ask(self.distributions)
@@ -67,6 +67,13 @@ class Sampler:
                 found[key] = dimension[labels.index(params[key])]
         return found
 
+    def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `values`."""
+        return {
+            key: value if isinstance(self.dimensions[key], Range) else label(value)
+            for key, value in values.items()
+        }
+
 
 def _distribution(dimension: Sequence[Any] | Range) -> BaseDistribution:
     if not isinstance(dimension, Range):
@@ -75,13 +82,6 @@ def _distribution(dimension: Sequence[Any] | Range) -> BaseDistribution:
     if is_whole(dimension):
         return IntDistribution(int(low), int(high), log=dimension.log, step=int(step or 1))
     return FloatDistribution(low, high, log=dimension.log, step=step)
-
-
-def _params(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value if isinstance(value, int | float) else label(value)
-        for key, value in values.items()
-    }
 
 
 def _sampler(objectives: int, seed: int) -> optuna.samplers.BaseSampler:
