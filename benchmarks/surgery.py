@@ -30,7 +30,8 @@ import bevel
 from bevel.core import plugins
 from bevel.core.errors import MissingDependencyError
 from bevel.core.files import write_json
-from bevel.core.recipe import DataSection, FinetuneStep, Normalize
+from bevel.core.recipe import DataSection, Normalize
+from bevel.core.steps import FinetuneStep
 from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune

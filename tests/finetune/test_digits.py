@@ -2,7 +2,8 @@
 
 from tiny_training import Digits
 
-from bevel.core.recipe import DataSection, TrainStep
+from bevel.core.recipe import DataSection
+from bevel.core.steps import TrainStep
 from bevel.data import load
 from bevel.finetuning import finetune
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bevel.core.errors import RunFolderError
 from bevel.core.progress import reporting
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import execution
 from bevel.finetuning.execution import Choice, choose
 from bevel.finetuning.state import digest

@@ -11,7 +11,7 @@ from torch import nn
 
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError, TrainingError
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import execution, finetune
 from bevel.finetuning.features import feature_loss, feature_maps, feature_sites
 from bevel.finetuning.state import digest

@@ -12,7 +12,7 @@ import torch
 from tiny_training import TinyData, tiny_net
 
 from bevel.core.errors import RunFolderError
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.state import EPOCH_FILE, EXECUTION_FILE, digest
 

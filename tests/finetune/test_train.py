@@ -9,7 +9,7 @@ from tiny_training import TinyData, tiny_net
 from torch import nn
 
 from bevel.core.errors import ModelError, TrainingError
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.optimizer import averaged, learning_rate, sgd
 from bevel.finetuning.state import digest

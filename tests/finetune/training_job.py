@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 from tiny_training import TinyData, tiny_net
 
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import finetune, state
 
 SETTINGS = TrainStep(

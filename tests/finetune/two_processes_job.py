@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_training import TinyData, tiny_net
 
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.state import digest
 

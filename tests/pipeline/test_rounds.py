@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import PruningError, RecipeError
-from bevel.core.recipe import IterateStep
+from bevel.core.steps import IterateStep
 from bevel.pipeline.rounds import Round, on_schedule, while_accuracy_holds
 
 PLAIN = {"precision": "float32", "compile": "never"}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import bevel
 from bevel.core.errors import PruningError
-from bevel.core.recipe import PruneStep, Target
+from bevel.core.recipe import Target
+from bevel.core.steps import PruneStep
 from bevel.graph.couplings import Axis, ChannelGroup, analyze
 from bevel.pipeline.planning import alignment
 from bevel.pruning.allocate import LAST_SHARE, Problem, inside_runs, rank, rank_all

@@ -9,7 +9,8 @@ from torch import nn
 
 from bevel.core import plugins
 from bevel.core.errors import ExportError, MissingDependencyError
-from bevel.core.recipe import QatStep, Quantization
+from bevel.core.recipe import Quantization
+from bevel.core.steps import QatStep
 from bevel.finetuning.train import finetune
 from bevel.graph.program import export_program
 from bevel.pipeline.int8 import quantizer_of

@@ -18,7 +18,8 @@ from bevel.core import recipe as recipes
 from bevel.core.errors import ProofError, RecipeError
 from bevel.core.files import sha256
 from bevel.core.limits import QUANTITIES
-from bevel.core.recipe import FinetuneStep, PruneStep, Recipe, Target
+from bevel.core.recipe import Recipe, Target
+from bevel.core.steps import FinetuneStep, PruneStep
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import RunFolderError, one_line
 from bevel.core.progress import note, track
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning.features import feature_sites
 from bevel.finetuning.step import MEMORY_FORMATS, Execution, Stepper
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bevel.core.errors import TrainingError
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bevel.core.errors import ModelError
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.finetuning.distill import combined_loss
 from bevel.finetuning.features import feature_loss, feature_maps
 from bevel.finetuning.optimizer import sgd

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import bevel.finetuning.execution as execution
 from bevel.core.errors import ModelError, TrainingError, one_line
 from bevel.core.progress import track
-from bevel.core.recipe import TrainStep
+from bevel.core.steps import TrainStep
 from bevel.data.metrics import evaluate
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest

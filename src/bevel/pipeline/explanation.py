@@ -14,8 +14,9 @@ from bevel.core import plugins
 from bevel.core.errors import DataError
 from bevel.core.limits import parse_limit
 from bevel.core.modes import evaluating
-from bevel.core.recipe import IterateStep, PruneStep, Recipe, ResizeStep, SurgeryStep, TrainStep
+from bevel.core.recipe import Recipe
 from bevel.core.records import Cost, Record
+from bevel.core.steps import IterateStep, PruneStep, ResizeStep, SurgeryStep, TrainStep
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.graph.couplings import Analysis, ChannelGroup, analyze

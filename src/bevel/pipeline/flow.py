@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
 from bevel.core.progress import note
-from bevel.core.recipe import (
+from bevel.core.recipe import Recipe, Target
+from bevel.core.records import Artifact, Measurement
+from bevel.core.steps import (
     IterateStep,
     PruneStep,
     QatStep,
-    Recipe,
     ResizeStep,
     SparsifyStep,
     StepSettings,
     SurgeryStep,
-    Target,
     TrainStep,
 )
-from bevel.core.records import Artifact, Measurement
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.data.metrics import evaluate

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bevel.core.quiet import quiet
-from bevel.core.recipe import QatStep, Quantization, Recipe
+from bevel.core.recipe import Quantization, Recipe
+from bevel.core.steps import QatStep
 from bevel.data import Data
 from bevel.finetuning.train import Trained, finetune
 from bevel.graph.program import export_program

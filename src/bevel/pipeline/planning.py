@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bevel.core.recipe import PruneStep, Quantization, Target
+from bevel.core.recipe import Quantization, Target
+from bevel.core.steps import PruneStep
 from bevel.pipeline.within import LATENCY, Timing, plan_within
 from bevel.pruning.plan import PruningPlan
 from bevel.pruning.planning import LabelledBatches, plan_pruning

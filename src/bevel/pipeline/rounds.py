@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from bevel.core.errors import PruningError
 from bevel.core.limits import parse_limit
 from bevel.core.progress import note
-from bevel.core.recipe import Budget, IterateStep, PruneStep
+from bevel.core.steps import Budget, IterateStep, PruneStep
 
 GENTLEST = 0.95
 """A round that may leave more than this share is not worth its training."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bevel.core.errors import RecipeError, RunFolderError
 from bevel.core.files import atomic, sha256
-from bevel.core.recipe import PruneStep, Recipe, Step, validate
+from bevel.core.recipe import Recipe, validate
 from bevel.core.records import StepRecord
+from bevel.core.steps import PruneStep, Step
 from bevel.pipeline.folder import RunFolder
 from bevel.reporting import read
 
