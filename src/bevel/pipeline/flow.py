@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bevel.core import plugins
 from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
-from bevel.core.progress import note
-from bevel.core.recipe import Recipe, Target
-from bevel.core.records import Artifact, Measurement
+from bevel.core.recipe import Recipe
+from bevel.core.records import Artifact
 from bevel.core.steps import (
     IterateStep,
     PruneStep,
@@ -33,14 +32,12 @@ from bevel.data.metrics import evaluate
 from bevel.devices import split_address
 from bevel.finetuning.train import finetune
 from bevel.graph.couplings import analyze
-from bevel.measurement.bench import Subject, images_for, measure_all
-from bevel.measurement.doctor import diagnose_all
-from bevel.measurement.parity import evaluate_artifacts
-from bevel.measurement.shipping import choose
 from bevel.models import build
 from bevel.models.batchnorm import recalibrate
+from bevel.pipeline.artifacts import export_all, measure_files
 from bevel.pipeline.folder import RunFolder
-from bevel.pipeline.int8 import fall_back, train_for_int8
+from bevel.pipeline.int8 import train_for_int8
+from bevel.pipeline.model import Model, example_of
 from bevel.pipeline.planning import alignment, budget_target, plan_step
 from bevel.pipeline.rounds import Round, on_schedule, shares, while_accuracy_holds
 from bevel.pipeline.within import Timing
@@ -52,7 +49,7 @@ from bevel.pruning.verify import verify_pruning
 from bevel.rewriting.apply import chosen, surgery
 from bevel.rewriting.log import SurgeryLog
 from bevel.rewriting.reconstruction import Refit, reconstruct
-from bevel.runtimes import export, load_runtime, open_artifact
+from bevel.runtimes import load_runtime
 
 PROOF_IMAGES = 8
 """Images of the data that a pruned network is proven on, besides random inputs."""
@@ -61,29 +58,6 @@ GROWING, SLIMMING = 1.0, 1e-4
 """Strengths of the penalties of a sparsify step that names none."""
 
 Numbers = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Model:
-    """What flows from step to step: a network, and what leads to it from the factory.
-
-    `data` are the images as it sees them; a resize step makes them another size from there on.
-    """
-
-    net: nn.Module
-    data: Data
-    plan: PruningPlan
-    surgery: SurgeryLog = field(default_factory=SurgeryLog)
-
-    @property
-    def example(self) -> Tensor:
-        """Two images of the validation split, (2, C, H, W)."""
-        return _example(self.data)
-
-
-def _example(data: Data) -> Tensor:
-    images, _ = next(iter(data.batches("validation", batch_size=2, limit=2)))
-    return images
 
 
 class Flow:
@@ -95,7 +69,7 @@ class Flow:
 
     def execute(self) -> None:
         """Everything the recipe says, in order."""
-        self._measure(*self.compress())
+        measure_files(self.recipe, self.folder, *self.compress())
 
     def compress(self) -> tuple[dict[tuple[str, str, str], Artifact], dict[str, Model]]:
         """All steps and files; nothing is measured and no test image is looked at."""
@@ -103,7 +77,7 @@ class Flow:
         self._save(compressed, self.folder.path / "compressed.safetensors")
         self.folder.update(original=original.plan.before, compressed=compressed.plan.after)
         models = {"original": original, "compressed": compressed}
-        return self._export(models), models
+        return export_all(self.recipe, self.folder, models), models
 
     def advance(self, steps: int) -> tuple[Model, Model]:
         """The first steps; what they start from that is whole, and what they lead to."""
@@ -136,7 +110,7 @@ class Flow:
     def _start(self) -> Model:
         net, data = self._build(), self._data()
         check_classes(net, data)
-        return Model(net, data, make_plan(analyze(net, _example(data)), {}))
+        return Model(net, data, make_plan(analyze(net, example_of(data)), {}))
 
     def _save(self, model: Model, path: Path) -> None:
         section = self.recipe.model
@@ -384,99 +358,7 @@ class Flow:
         return evaluate(model.net, model.data.batches("validation"), label="validation").top1
 
     def _calibration(self, model: Model) -> Any:
-        """Training images without augmentation, for statistics and int8 ranges."""
-        return model.data.batches("train", limit=self.recipe.calibration.images)
-
-    # -- artifacts ------------------------------------------------------------------------
-
-    def _export(self, models: dict[str, Model]) -> dict[tuple[str, str, str], Artifact]:
-        """The files of all targets."""
-        artifacts: dict[tuple[str, str, str], Artifact] = {}
-        for number, key in enumerate(
-            files_of(self.recipe.targets), start=len(self.recipe.steps) + 1
-        ):
-            label, runtime, precision = key
-            name = f"{number:02d}-export-{label}-{runtime}-{precision}"
-            path = artifact_path(self.folder.path, label, runtime, precision)
-            if self.folder.finished(name) is None:
-                begun = time.perf_counter()
-                numbers = self._export_one(models[label], runtime, precision, path)
-                self.folder.finish(name, "export", time.perf_counter() - begun, numbers, [path])
-            artifacts[key] = open_artifact(path)
-        return artifacts
-
-    def _export_one(self, model: Model, runtime: str, precision: str, path: Path) -> Numbers:
-        """Write a file; returns what is recorded of it."""
-        options, calibration, fallback = self.recipe.quantization, None, None
-        if precision == "int8":
-            calibration = self._calibration(model)
-            options, fallback = fall_back(
-                model.net,
-                model.example,
-                runtime,
-                options,
-                calibration=calibration,
-                validation=model.data.batches("validation"),
-            )
-        artifact = export(
-            model.net,
-            model.example,
-            runtime=runtime,
-            precision=precision,
-            calibration=calibration,
-            quantization=options,
-            path=path,
-        )
-        numbers: Numbers = {"artifact": artifact.model_dump(mode="json")}
-        if fallback is not None:
-            numbers["fallback"] = fallback
-        if precision != "float32":  # in float32 it is that of the step before
-            batches = model.data.batches("validation")
-            ((accuracy, _),) = evaluate_artifacts([(artifact, None)], batches, "validation")
-            numbers["validation_top1"] = accuracy.top1
-        return numbers
-
-    def _measure(
-        self, artifacts: dict[tuple[str, str, str], Artifact], models: dict[str, Model]
-    ) -> None:
-        """Measure everything on each device; files of one device are timed in turn."""
-        places = {(target.device, target.threads): None for target in self.recipe.targets}
-        measurements: list[Measurement] = []
-        for device, threads in places:
-            here = [t for t in self.recipe.targets if (t.device, t.threads) == (device, threads)]
-            begun = time.perf_counter()
-            images = {
-                label: model.data.batches("test", limit=images_for(device))
-                for label, model in models.items()
-            }
-            subjects = [
-                Subject(key[0], artifacts[key], models[key[0]].net, images[key[0]])
-                for key in files_of(here)
-            ]
-            measurements += measure_all(subjects, device=device, threads=threads, split="test")
-            note(f"measured on {device} in {time.perf_counter() - begun:.0f} s")
-        diagnoses = diagnose_all(measurements, models["compressed"].example[:1])
-        shipments = choose(measurements, diagnoses, self.recipe.quantization.accuracy_drop)
-        self.folder.update(measurements=measurements, diagnoses=diagnoses, shipments=shipments)
-
-
-def artifact_path(run_folder: Path, label: str, runtime: str, precision: str) -> Path:
-    """Where a run's file lies; `label` says of which network: original or compressed."""
-    name = f"{label}-{runtime}-{precision}{load_runtime(runtime).SUFFIX}"
-    return run_folder / "artifacts" / name
-
-
-def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
-    """(network, runtime, precision) of the files that targets need.
-
-    The float32 file of both networks is always among them: the original's is what speed is
-    compared with, the compressed one's is shipped where int8 is no faster.
-    """
-    found: dict[tuple[str, str, str], None] = {}
-    for label in ("original", "compressed"):
-        found |= {(label, target.runtime, "float32"): None for target in targets}
-    found |= {("compressed", target.runtime, target.precision): None for target in targets}
-    return list(found)
+        return model.calibration(self.recipe.calibration.images)
 
 
 def check_names(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from bevel.data import Data
 from bevel.data import load as load_data
 from bevel.measurement.bench import Subject, images_for, measure_all
 from bevel.pipeline import compress
-from bevel.pipeline.flow import artifact_path
+from bevel.pipeline.artifacts import artifact_path
 from bevel.reporting import read
 from bevel.runtimes import open_artifact
 
