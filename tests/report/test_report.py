@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from bevel.core.errors import RunFolderError
-from bevel.core.records import RunRecord
+from bevel.core.records import RunRecord, StepRecord
 from bevel.reporting import COLUMNS, html, markdown, measured, report, rows, table
 from bevel.reporting.charts import charts
 from bevel.reporting.summary import count, duration, milliseconds, percent, size
@@ -167,6 +167,26 @@ def test_plotly_accepts_every_chart(record: RunRecord) -> None:
         go.Figure(figure)  # raises on unknown properties
     samples = found["latency"]["data"][0]["x"]
     assert len(samples) == 3
+
+
+def test_rounds_are_a_table_and_a_chart(record: RunRecord) -> None:
+    rounds = [
+        {"number": 1, "accuracy": 0.931, "macs": 7_000_000, "params": 700_000, "accepted": True},
+        {"number": 2, "accuracy": 0.871, "macs": 4_900_000, "params": 500_000, "accepted": False},
+    ]
+    step = StepRecord(
+        name="02-iterate", verb="iterate", seconds=1, numbers={"rounds": rounds}, files={}
+    )
+    record = record.model_copy(update={"steps": [*record.steps, step]})
+    text = markdown(record)
+    assert "| 1 | 93.10 % | 7.0 M | 700 k | kept |" in text
+    assert "| 2 | 87.10 % | 4.9 M | 500 k | taken back |" in text
+    chart = charts(record)["rounds-0"]
+    go.Figure(chart)
+    drawn = chart["data"]
+    points = [(line["x"], line["y"]) for line in drawn]
+    assert points == [([7_000_000], [0.931]), ([4_900_000], [0.871])]
+    assert "taken back" in html(record)
 
 
 def test_a_run_without_numbers_has_a_page_without_charts(record: RunRecord) -> None:

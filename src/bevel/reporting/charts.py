@@ -21,6 +21,8 @@ def charts(record: RunRecord) -> dict[str, Figure]:
         found["latency"] = latency(record)
     for position, (title, history) in enumerate(sections.histories(record)):
         found[f"training-{position}"] = training(title, history)
+    for position, (title, rounds) in enumerate(sections.rounds(record)):
+        found[f"rounds-{position}"] = frontier(title, rounds)
     for position, (title, groups) in enumerate(sections.groups(record)):
         if groups:
             found[f"widths-{position}"] = widths(title, groups)
@@ -76,6 +78,25 @@ def training(title: str, history: list[dict[str, Any]]) -> Figure:
         "tickformat": ".1%",
         "showgrid": False,
     }
+    return chart
+
+
+def frontier(title: str, rounds: list[dict[str, Any]]) -> Figure:
+    """Accuracy of every round over its MACs; those that were taken back in another colour."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if accepted else "markers",
+            "name": name,
+            "x": [each["macs"] for each in rounds if each["accepted"] == accepted],
+            "y": [each["accuracy"] for each in rounds if each["accepted"] == accepted],
+            "text": [f"round {each['number']}" for each in rounds if each["accepted"] == accepted],
+            "marker": {"color": colour, "size": 9},
+        }
+        for name, accepted, colour in (("kept", True, AFTER), ("taken back", False, BEFORE))
+    ]
+    chart = figure(data, f"Rounds, {title}", x="MACs", y="validation accuracy", height=340)
+    chart["layout"]["yaxis"]["tickformat"] = ".1%"
     return chart
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,32 @@ def histories(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
         (_title(position, step), list(step.numbers["history"]))
         for position, step in enumerate(record.steps, start=1)
         if step.numbers.get("history")
+    ]
+
+
+def rounds(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Per iterate step: its title, and {number, accuracy, macs, params, accepted} of each round."""
+    return [
+        (_title(position, step), list(step.numbers["rounds"]))
+        for position, step in enumerate(record.steps, start=1)
+        if step.numbers.get("rounds")
+    ]
+
+
+ROUND_COLUMNS = ("round", "validation", "MACs", "params", "")
+
+
+def round_rows(found: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Rounds as rows of a table: number, accuracy, MACs, parameters, whether it was kept."""
+    return [
+        [
+            str(each["number"]),
+            percent(each["accuracy"], 2),
+            count(each["macs"]),
+            count(each["params"]),
+            "kept" if each["accepted"] else "taken back",
+        ]
+        for each in found
     ]
 
 

@@ -42,6 +42,11 @@ def markdown(record: RunRecord) -> str:
                 [[str(g.get(key, "")) for key in ("name", "before", "after")] for g in widths],
             ),
         ]
+    for title, found in sections.rounds(record):
+        blocks += [
+            f"### Rounds, {title}",
+            markdown_table(sections.ROUND_COLUMNS, sections.round_rows(found)),
+        ]
     proofs = sections.proofs(record)
     if proofs:
         blocks += ["## Proof", bullets(proofs)]
@@ -50,7 +55,7 @@ def markdown(record: RunRecord) -> str:
         blocks += ["## Latency budgets", bullets(timings)]
     surgeries = sections.surgeries(record)
     if surgeries:
-        blocks += ["## Surgery", bullets(surgeries)]
+        blocks += ["## Surgery and fitted layers", bullets(surgeries)]
     notes = sections.notes(record)
     if notes:
         blocks += ["## Channels that stay", bullets(notes)]
