@@ -51,7 +51,7 @@ def test_a_malformed_space_is_one_line(space: dict[str, Any], message: str) -> N
         ({"steps.prune.criterion": ["l2", "l3"]}, "steps.prune.criterion=l3"),
         ({"steps.prune.criterion": ["l2", "l2"]}, "a value is there twice"),
         ({"steps.train.epochs": [1, 2]}, "no element has 'train' in steps"),
-        ({"steps.prune.budget.macs": Range(low=0.5, high=1.5)}, "macs=1.5"),
+        ({"steps.prune.budget.macs": Range(low=-0.5, high=0.5)}, "macs=-0.5"),
     ],
 )
 def test_a_value_that_cannot_be_is_found_before_any_work(
