@@ -69,6 +69,9 @@ def test_files_of_both_sizes_are_measured_on_images_of_their_own(recipe, tmp_pat
         assert measurement["accuracy"]["images"] == 359
         assert measurement["accuracy"]["top1"] > 0.8
         assert measurement["parity"]["top1_agreement"] > 0.95
+    meta = bevel.package(folder, tmp_path / "kit").meta
+    assert meta.input.shape == [1, 1, 8, 8]
+    assert meta.preprocessing.crop == 8
     modified = (folder / "artifacts/compressed-onnxruntime-int8.onnx").stat().st_mtime_ns
     bevel.run(recipe, out=folder)  # finished: nothing is done again
     assert (folder / "artifacts/compressed-onnxruntime-int8.onnx").stat().st_mtime_ns == modified

@@ -1,5 +1,6 @@
 """What may be varied: mistakes in one line, shared steps, combinations."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from fake_trials import RECIPE, fake
 from bevel.core import recipe as recipes
 from bevel.core.errors import BevelError, RecipeError
 from bevel.core.recipe import Range, vary
-from bevel.pipeline.sharing import common_steps
+from bevel.pipeline.folder import RunFolder
+from bevel.pipeline.sharing import adopt, common_steps
 from bevel.searching.space import check, combinations, described, values_of
 
 LONG = recipes.validate(
@@ -88,6 +90,48 @@ def test_targets_matter_to_a_prune_step_that_asks_them_for_widths() -> None:
     target = {"targets": [{"precision": "int8"}, {"runtime": "openvino"}]}
     assert common_steps(LONG, vary(LONG, target)) == 3
     assert common_steps(auto, vary(auto, target)) == 1
+
+
+def test_targets_matter_to_budgets_that_are_of_a_target() -> None:
+    target = {"targets": [{"precision": "float32"}], "steps.3": {"finetune": {"epochs": 1}}}
+    for limit, shared in (({"macs": 0.5, "params": 0.5}, 3), ({"size_kb": 0.5}, 1)):
+        asked = vary(LONG, {"steps.prune.budget": limit})
+        assert common_steps(asked, vary(asked, target)) == shared
+
+
+def test_every_kind_of_step_is_shared() -> None:
+    leading = [
+        {"surgery": {"progressive": True}},
+        {"resize": {"size": 8}},
+        {"sparsify": {"epochs": 1}},
+    ]
+    iterate = {"prune": {"ratio": 0.5}, "finetune": {"epochs": 1}}
+    after = [{"iterate": iterate}, {"finetune": {"epochs": 1}}]
+    whole = vary(LONG, {"steps": [*leading, *after]})
+    assert common_steps(whole, vary(whole, {"name": "other"})) == 5
+    assert common_steps(whole, vary(whole, {"steps.finetune.epochs": 2})) == 4
+    assert common_steps(whole, vary(whole, {"calibration.images": 3})) == 0
+    # What a growing penalty holds down is what a later step removes.
+    assert common_steps(whole, vary(whole, {"steps.iterate.rounds": 2})) == 3
+    assert common_steps(whole, vary(whole, {"steps.iterate.prune.criterion": "l1"})) == 2
+
+
+def test_rounds_are_taken_over_with_their_step(tmp_path: Path) -> None:
+    steps = [{"train": {"epochs": 1}}, {"iterate": {"finetune": {"epochs": 1}, "rounds": 1}}]
+    recipe = vary(LONG, {"steps": [*steps, {"finetune": {"epochs": 1}}]})
+    names = ("01-train", "02-iterate.1-prune", "02-iterate.1-finetune", "02-iterate")
+    with RunFolder(tmp_path / "one", recipe) as folder:
+        for name in names:
+            file = folder.step_folder(name) / "model.safetensors"
+            file.parent.mkdir(parents=True)
+            file.write_bytes(name.encode())
+            folder.finish(name, name.rpartition("-")[2], 1.0, {}, [file])
+    with RunFolder(tmp_path / "two", vary(recipe, {"steps.finetune.epochs": 2})) as other:
+        adopt(other, [tmp_path / "one"])
+        assert tuple(step.name for step in other.record.steps) == names
+    with RunFolder(tmp_path / "three", vary(recipe, {"steps.iterate.rounds": 2})) as other:
+        adopt(other, [tmp_path / "one"])
+        assert [step.name for step in other.record.steps] == ["01-train"]
 
 
 def test_ranges_with_a_step_are_all_their_values() -> None:

@@ -254,16 +254,18 @@ def _prune_and_save(
     from bevel.pipeline.planning import plan_step
 
     example = network.example()
+    # Training images are for int8; without a recipe none: its times do not depend on the ranges.
+    held_out, images = _images(source, network.net) if source is not None else (None, tuple)
     plan, timing = plan_step(
         network.net,
         example,
         step,
-        _validation(source, network.net),
+        held_out,
         target=target,
         align=_alignment(step, source),
         seed=source.seed if source else 0,
         quantization=source.quantization if source else None,
-        images=_images(source, network.net),
+        images=images,
     )
     pruned = bevel.prune(network.net, plan)
     proof = bevel.verify_pruning(network.net, pruned, plan, example)
@@ -437,20 +439,10 @@ def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> 
     return steps[-1].model_copy(update={k: v for k, v in given.items() if v is not None})
 
 
-def _validation(source: Recipe | None, net: nn.Module) -> Any:
-    """Labelled images for allocators and criteria that look at such."""
-    if source is None:
-        return None
-    data = networks.fitting_data(source, net)
-    return data.batches("validation", limit=source.calibration.images)
-
-
-def _images(source: Recipe | None, net: nn.Module) -> Callable[[], Iterable[Any]]:
-    """Training images for int8; without a recipe none: its times do not depend on the ranges."""
-    if source is None:
-        return tuple
-    data = networks.fitting_data(source, net)
-    return partial(data.batches, "train", limit=source.calibration.images)
+def _images(source: Recipe, net: nn.Module) -> tuple[Any, Callable[[], Iterable[Any]]]:
+    """Labelled held-out images for what measures, and what gives training images."""
+    data, limit = networks.fitting_data(source, net), source.calibration.images
+    return data.batches("validation", limit=limit), partial(data.batches, "train", limit=limit)
 
 
 def _proven(proof: Proof) -> str:

@@ -24,7 +24,7 @@ from pydantic import (
 from bevel.core.errors import RecipeError, one_line, suggestion
 from bevel.core.overrides import assign, override
 from bevel.core.section import Section
-from bevel.core.steps import TRAINING, Step
+from bevel.core.steps import TRAINING, Step, pruning_at
 
 
 class ModelSection(Section):
@@ -92,6 +92,10 @@ class DataSection(Section):
     )
     batch_size: int = Field(default=128, ge=1)
     workers: int = Field(default=0, ge=0, description="processes that decode large images")
+
+    def at(self, size: int) -> DataSection:
+        """The same images in another size."""
+        return self.model_copy(update={"size": size, "resize": None})
 
 
 class Calibration(Section):
@@ -225,6 +229,12 @@ class Recipe(Section):
     targets: list[Target] = Field(min_length=1)
     search: SearchSection | None = None
 
+    @property
+    def compressed_data(self) -> DataSection:
+        """The images as the compressed network sees them, after all resize steps."""
+        resizes = [step.resize for step in self.steps if step.resize is not None]
+        return self.data.at(resizes[-1].size) if resizes else self.data
+
     @model_validator(mode="after")
     def original_to_learn_from(self) -> Recipe:
         """Only a finetune step has an original to learn from."""
@@ -245,9 +255,8 @@ class Recipe(Section):
     def something_to_sparsify_for(self) -> Recipe:
         """What a growing penalty holds down is what the next prune step removes."""
         for number, step in enumerate(self.steps):
-            rest = self.steps[number + 1 :]
             growing = step.sparsify is not None and step.sparsify.penalty == "growing"
-            if growing and not any(later.pruning is not None for later in rest):
+            if growing and pruning_at(self.steps, number) is None:
                 raise ValueError("a sparsify step needs a prune step after it")
         return self
 

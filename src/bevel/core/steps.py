@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
@@ -169,6 +170,12 @@ class PruneStep(Section):
         description="fit what is left of each layer to what it gave before, on calibration images",
     )
 
+    @property
+    def asks_target(self) -> bool:
+        """Whether what it removes depends on where the network will run."""
+        limits = self.budget.limits() if self.budget is not None else {}
+        return self.align == "auto" or not {"macs", "params"}.issuperset(limits)
+
     @field_validator("align", mode="before")
     @classmethod
     def whole_or_auto(cls, value: object) -> object:
@@ -295,3 +302,12 @@ class Step(Section):
         """The settings under the verb."""
         value: StepSettings = getattr(self, self.verb)
         return value
+
+
+def pruning_at(steps: Sequence[Step], position: int) -> PruneStep | None:
+    """What a step removes, or what a later one does where this step prepares for it."""
+    step = steps[position]
+    if step.sparsify is not None and step.sparsify.penalty == "growing":
+        later = (other.pruning for other in steps[position + 1 :])
+        return next((pruning for pruning in later if pruning is not None), None)
+    return step.pruning

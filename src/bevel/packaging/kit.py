@@ -81,7 +81,7 @@ def package(run: Path | str, out: Path | str, *, target: str | None = None) -> K
     runtime = chosen.artifact.runtime
     source = program(runtime)
     artifact = open_artifact(folder / "artifacts" / Path(chosen.artifact.path).name)
-    data = load(recipe.data, seed=recipe.seed)
+    data = load(recipe.compressed_data, seed=recipe.seed)
     signature = _image_input(artifact, data)
     samples, images, activation = _samples(artifact, data)
     meta = Meta(
@@ -186,7 +186,7 @@ def _input(signature: TensorSignature, data: Data) -> Input:
 
 
 def _preprocessing(recipe: Recipe, data: Data) -> Preprocessing:
-    section = recipe.data
+    section = recipe.compressed_data
     channels = data.input_shape[0]
     normalize = section.normalize
     return Preprocessing(

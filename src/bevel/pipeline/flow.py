@@ -25,6 +25,7 @@ from bevel.core.steps import (
     StepSettings,
     SurgeryStep,
     TrainStep,
+    pruning_at,
 )
 from bevel.data import Data, check_classes
 from bevel.data import load as load_data
@@ -96,9 +97,7 @@ class Flow:
     def _data(self, size: int | None = None) -> Data:
         """The recipe's data, of another size where one is given."""
         section = self.recipe.data
-        if size is not None:
-            section = section.model_copy(update={"size": size, "resize": None})
-        return load_data(section, seed=self.recipe.seed)
+        return load_data(section if size is None else section.at(size), seed=self.recipe.seed)
 
     def _build(self) -> nn.Module:
         torch.manual_seed(self.recipe.seed)
@@ -201,10 +200,11 @@ class Flow:
         """What draws channels to zero: those that the next prune step would remove now, or all."""
         if settings.penalty == "slimming":
             return slimming(settings.strength or SLIMMING)
-        steps = iter(self.recipe.steps)
-        next(step for step in steps if step.settings is settings)
-        following = next(step.pruning for step in steps if step.pruning is not None)
-        plan, _ = self._plan(model, following, folder)
+        steps = self.recipe.steps
+        position = next(i for i, step in enumerate(steps) if step.settings is settings)
+        removal = pruning_at(steps, position)
+        assert removal is not None  # noqa: S101  # the recipe was validated
+        plan, _ = self._plan(model, removal, folder)
         return growing(model.net, plan, settings.strength or GROWING)
 
     def _train_for_int8(

@@ -11,38 +11,38 @@ from bevel.core.errors import RecipeError, RunFolderError
 from bevel.core.files import atomic, sha256
 from bevel.core.recipe import Recipe, validate
 from bevel.core.records import StepRecord
-from bevel.core.steps import PruneStep, Step
+from bevel.core.steps import PruneStep, Step, pruning_at
 from bevel.pipeline.folder import RunFolder
 from bevel.reporting import read
 
 ALWAYS = ("model", "data", "seed")
 """Sections of a recipe that every step depends on."""
 
-ALSO = {
-    "train": (),
-    "finetune": (),
-    "surgery": ("calibration",),
-    "prune": ("calibration",),
-    "qat": ("calibration", "quantization", "targets"),
-}
-"""Other sections that a step depends on, by its verb."""
+CALIBRATED = ("surgery", "sparsify", "prune", "iterate", "qat")
+"""Verbs of steps that look at calibration images."""
 
 
 def common_steps(one: Recipe, other: Recipe) -> int:
     """How many leading steps of two recipes give the same network, as do all steps before them."""
     for position, (step, counterpart) in enumerate(zip(one.steps, other.steps, strict=False)):
-        sections = (*ALWAYS, *_sections(step))
-        if step != counterpart or any(getattr(one, s) != getattr(other, s) for s in sections):
+        removed = pruning_at(one.steps, position)
+        sections = (*ALWAYS, *_sections(step, removed))
+        if (
+            step != counterpart
+            or removed != pruning_at(other.steps, position)
+            or any(getattr(one, s) != getattr(other, s) for s in sections)
+        ):
             return position
     return min(len(one.steps), len(other.steps))
 
 
-def _sections(step: Step) -> tuple[str, ...]:
+def _sections(step: Step, removed: PruneStep | None) -> tuple[str, ...]:
     """What else the step's result depends on."""
-    settings = step.settings
-    if isinstance(settings, PruneStep) and settings.align == "auto":
-        return (*ALSO[step.verb], "targets")
-    return ALSO[step.verb]
+    asks_target = step.qat is not None or (removed is not None and removed.asks_target)
+    return (
+        *(("calibration",) if step.verb in CALIBRATED else ()),
+        *(("quantization", "targets") if asks_target else ()),
+    )
 
 
 def adopt(folder: RunFolder, others: Sequence[Path]) -> None:
@@ -79,4 +79,5 @@ def _finished(other: Path, recipe: Recipe) -> list[StepRecord]:
         theirs = validate(record.recipe)
     except (RunFolderError, RecipeError):
         return []
-    return record.steps[: common_steps(theirs, recipe)]
+    common = common_steps(theirs, recipe)  # the rounds of a step have its number too
+    return [step for step in record.steps if int(step.name.partition("-")[0]) <= common]

@@ -5,7 +5,6 @@ Every point of the map is saved as soon as it is measured, so a killed map goes 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from bevel.graph.couplings import Analysis
 from bevel.models.batchnorm import recalibrate
 from bevel.pruning.allocate import RankedGroup
 from bevel.pruning.apply import prune
+from bevel.pruning.contents import ContentHash
 from bevel.pruning.plan import make_plan
 
 FILE = "sensitivity.json"
@@ -107,10 +107,15 @@ class Sensitivity:
     ) -> None:
         self.net, self.analysis, self.batches = net, analysis, list(batches)
         self.path = folder / FILE if folder is not None else None
+        network, ranking, images = ContentHash(), ContentHash(), ContentHash()
+        network.network(net)
+        for group in groups:
+            ranking.array(group.rows)
+        images.each(self.batches)
         self.map = SensitivityMap(
-            network=_digest(_network_bytes(net)),
-            ranking=_digest(group.rows.tobytes() for group in groups),
-            images=_digest(_bytes(tensor) for pair in self.batches for tensor in pair),
+            network=network.hexdigest(),
+            ranking=ranking.hexdigest(),
+            images=images.hexdigest(),
         )
         if self.path is not None and self.path.exists():
             self.map = _of_the_same(self.map, SensitivityMap.load(self.path), self.path)
@@ -206,24 +211,3 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # a part of what was set is the whole process's
-
-
-def _network_bytes(net: nn.Module) -> Iterator[bytes]:
-    """What makes a network the same: its modules by name and class, its tensors."""
-    for name, module in net.named_modules():
-        yield f"{name}:{type(module).__qualname__};".encode()
-    for name, tensor in net.state_dict().items():
-        yield f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode()
-        yield _bytes(tensor)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -37,6 +37,12 @@ def why_fixed(seen: Seen, node: Node) -> str | None:
     return None
 
 
+def why_not_resized(seen: Seen, node: Node) -> str | None:
+    """Why no convolution with a kernel of another size can stand in for one."""
+    dilated = "it is dilated" if is_dilated(convolution(seen, node)) else None
+    return why_fixed(seen, node) or dilated
+
+
 def is_dilated(conv: nn.Conv2d) -> bool:
     """Whether there are gaps between the places that its weights read."""
     return set(conv.dilation) != {1}

@@ -67,7 +67,7 @@ def judge(task: Task, split: str = "validation") -> Verdict:
         [Subject("compressed", open_artifact(path))],
         device=target.device,
         threads=target.threads,
-        batches=_data(task.recipe.data.model_dump_json(), task.recipe.seed).batches(
+        batches=_data(task.recipe.compressed_data.model_dump_json(), task.recipe.seed).batches(
             split, limit=images_for(target.device)
         ),
         split=split,

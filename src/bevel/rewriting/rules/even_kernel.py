@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn import functional
 
-from bevel.rewriting.convolutions import convolution, convolutions, is_dilated, padding, why_fixed
+from bevel.rewriting.convolutions import convolution, convolutions, padding, why_not_resized
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
 
@@ -23,11 +23,9 @@ def match(seen: Seen) -> Iterator[Node]:
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv, why = convolution(seen, node), why_fixed(seen, node)
+    conv, why = convolution(seen, node), why_not_resized(seen, node)
     if why is not None:
         return why
-    if is_dilated(conv):
-        return "it is dilated"
     if conv.stride == conv.kernel_size and max(conv.kernel_size) > 7:
         return "it cuts the image into patches"
     for size, side, step, pad in zip(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from bevel.rewriting.convolutions import convolution, convolutions, is_dilated, padding, why_fixed
+from bevel.rewriting.convolutions import convolution, convolutions, padding, why_not_resized
 from bevel.rewriting.fitting import Error
 from bevel.rewriting.seen import Node, Seen
 from bevel.rewriting.surgeon import Surgeon
@@ -26,11 +26,9 @@ def match(seen: Seen) -> Iterator[Node]:
 
 def check(seen: Seen, node: Node) -> str | None:
     """Why a place cannot be rewritten."""
-    conv, why = convolution(seen, node), why_fixed(seen, node)
+    conv, why = convolution(seen, node), why_not_resized(seen, node)
     if why is not None:
         return why
-    if is_dilated(conv):
-        return "it is dilated"
     if conv.stride == conv.kernel_size:
         return "it cuts the image into patches"
     if any(size > LARGEST and size % 2 == 0 for size in conv.kernel_size):
