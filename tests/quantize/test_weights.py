@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantize_networks import uneven
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
+from torchvision.models import mobilenet_v2, mobilenet_v3_small
 
 from bevel.core.recipe import Quantization
 from bevel.graph.program import export_program
@@ -14,7 +14,12 @@ from bevel.quantization.annotate import FusingQuantizer
 from bevel.quantization.pt2e import calibrated, quantize
 from bevel.quantization.ranges import u8s8
 from bevel.quantization.sensitivity import sqnr_db
-from bevel.quantization.weights import correct_biases, equalize, fold_batch_norms
+from bevel.quantization.weights import (
+    clip_hard_sigmoids,
+    correct_biases,
+    equalize,
+    fold_batch_norms,
+)
 from networks import EXAMPLE, Grouped, Padded, Plain, Projection, randomise
 
 
@@ -47,6 +52,46 @@ def test_relu6_is_not_equalized_over():
     assert equalize(module) == 2  # from each block's projection to the convolution after it
     with torch.no_grad():
         assert torch.allclose(module(x), net(x), atol=1e-5)
+
+
+class Gates(nn.Module):
+    """Squeeze-and-excite; what makes the gate, or what it makes, may have two readers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.gate = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        scale = self.gate(x.mean((2, 3), keepdim=True))
+        product = x * nn.functional.hardsigmoid(scale)
+        last: Tensor = self.last(product)
+        if self.kind == "product read twice":
+            return last + product.mean(1, keepdim=True)
+        return last + scale.mean(1, keepdim=True) if self.kind == "layer read twice" else last
+
+
+@pytest.mark.parametrize(
+    ("net", "gates"),
+    [
+        (mobilenet_v3_small(num_classes=10), 9),
+        (Gates("read once"), 1),
+        (Gates("product read twice"), 0),
+        (Gates("layer read twice"), 0),
+    ],
+)
+def test_hard_sigmoids_become_relu6_and_nothing_else_changes(net, gates):
+    net = randomise(net).eval()
+    x = 3 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    module = export_program(net, (x,)).module()
+    assert clip_hard_sigmoids(module) == gates
+    targets = [str(node.target) for node in module.graph.nodes]
+    assert sum("hardsigmoid" in target for target in targets) == (gates == 0)
+    with torch.no_grad():
+        expected, got = net(x), module(x)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_equalization_mends_uneven_channels(digits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.graph.program import fixed_batch
 
+Rewrite = Callable[[GraphModule], object]
+
 CORRECTION_IMAGES = 256
 """Images that errors of biases are averaged over, and rounding is learned on."""
 
@@ -27,6 +29,7 @@ def quantize(
     options: Quantization | None = None,
     *,
     fold_weights: bool = True,
+    rewrites: Sequence[Rewrite] = (),
 ) -> GraphModule:
     """A network that computes what the int8 file will compute, in torch.
 
@@ -40,11 +43,12 @@ def quantize(
             program's batch size where that is fixed.
         options: what is done besides; the modules in `keep_float` stay in float.
         fold_weights: store weights as integers; without it as float, followed by Quantize.
+        rewrites: changes to the traced network, in place, that keep what it computes in float.
 
     Raises:
         ExportError: calibration is empty, or its batches do not fit the network.
     """
-    prepared = calibrated(program, quantizer, calibration, options)
+    prepared = calibrated(program, quantizer, calibration, options, rewrites)
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -57,6 +61,7 @@ def calibrated(
     quantizer: Any,
     calibration: Iterable[Any],
     options: Quantization | None = None,
+    rewrites: Sequence[Rewrite] = (),
 ) -> GraphModule:
     """The network in float, with an observer that knows the range at every tensor to quantize.
 
@@ -73,6 +78,8 @@ def calibrated(
     if options.equalize:
         weights.fold_batch_norms(module)
         weights.equalize(module)
+    for rewrite in rewrites:
+        rewrite(module)
     with quiet():
         if options.keep_float:
             quantizer = KeepingFloat(quantizer, options.keep_float)

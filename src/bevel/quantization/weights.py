@@ -1,7 +1,7 @@
-"""Changes to the weights of a traced network that make it lose less in int8.
+"""Changes to the weights of a traced network that make it lose less in int8, or faster.
 
-Both keep what the network computes in float: batch norms are folded and channels rescaled exactly;
-a bias takes back only what rounding would add.
+All keep what the network computes in float: batch norms are folded, channels rescaled and gates
+written differently exactly; a bias takes back only what rounding would add.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ SETTLED = 0.01
 """Rounds end when no channel is scaled by more than this."""
 
 CONVOLUTIONS = tuple(target for target in WEIGHTED if target is not aten.linear.default)
+
+HARD_SIGMOIDS = (aten.hardsigmoid.default, aten.hardsigmoid_.default)
+
+PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor)
 
 HOMOGENEOUS = (
     aten.relu.default,
@@ -65,6 +69,46 @@ def equalize(module: GraphModule) -> int:
             break
     note(f"equalized {len(pairs)} pairs of layers")
     return len(pairs)
+
+
+@torch.no_grad()
+def clip_hard_sigmoids(module: GraphModule) -> int:
+    """Write x * hard_sigmoid(layer) as x * ReLU6(layer), in place, where its reader allows it.
+
+    hard_sigmoid(y) = ReLU6(y + 3) / 6: the 3 goes into the layer's bias, the 6 into the weights of
+    the layer that reads the product. A ReLU6 is fused into the layer before it by runtimes that
+    have no hard sigmoid in integers.
+
+    Returns:
+        The number of gates.
+    """
+    gates = list(_gates(module))
+    for layer, gate, reader in gates:
+        bias, weight = _stored(module, layer, 2), _stored(module, reader, 1)
+        assert bias is not None  # noqa: S101  # `_gates`
+        assert weight is not None  # noqa: S101
+        _store(module, layer, 2, bias + 3)
+        _store(module, reader, 1, weight / 6)
+        with module.graph.inserting_before(gate):
+            clipped = module.graph.call_function(aten.relu6.default, (layer,))
+        clipped.meta = dict(gate.meta)
+        gate.replace_all_uses_with(clipped)
+        module.graph.erase_node(gate)
+    module.recompile()
+    return len(gates)
+
+
+def _gates(module: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
+    """Each hard sigmoid between the layer before it and the one that reads what it scales."""
+    for gate in module.graph.nodes:
+        product = _only_user(gate) if gate.target in HARD_SIGMOIDS else None
+        reader = _only_user(product) if product is not None else None
+        if product is None or reader is None or product.target not in PRODUCTS:
+            continue
+        layer: Node = gate.args[0]
+        ours = _own_weights(layer) and _own_weights(reader) and reader.args[0] is product
+        if ours and list(layer.users) == [gate] and _bias_node(layer):
+            yield layer, gate, reader
 
 
 def _pairs(module: GraphModule) -> Iterator[tuple[Node, Node]]:

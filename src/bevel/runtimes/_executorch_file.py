@@ -22,7 +22,7 @@ from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.graph.program import export_program
 from bevel.quantization.pt2e import quantize
-from bevel.runtimes._xnnpack import XnnpackQuantizer, choose, name_quantizer
+from bevel.runtimes._xnnpack import REWRITES, XnnpackQuantizer, choose, name_quantizer
 from bevel.runtimes.executorch import open_session
 
 aten = torch.ops.aten
@@ -78,11 +78,13 @@ def _integers(
     options: Quantization,
 ) -> ExportedProgram:
     """The network with what a quantizer wants in integers."""
-    quantizer: Any = XnnpackQuantizer(options.ranges, in_float=IN_FLOAT)
     if way == NATIVE:
         config = get_symmetric_quantization_config(is_per_channel=True)
-        quantizer = XNNPACKQuantizer().set_global(config)
-    converted = quantize(program, quantizer, calibration, options)
+        native = XNNPACKQuantizer().set_global(config)
+        converted = quantize(program, native, calibration, options)
+    else:
+        quantizer = XnnpackQuantizer(options.ranges, in_float=IN_FLOAT)
+        converted = quantize(program, quantizer, calibration, options, rewrites=REWRITES)
     return export_program(converted, example_inputs, dynamic=False)
 
 

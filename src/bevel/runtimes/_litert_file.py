@@ -23,7 +23,14 @@ from bevel.core.progress import track
 from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.quantization.pt2e import quantize
-from bevel.runtimes._xnnpack import XnnpackQuantizer, choose, name_quantizer, single_images
+from bevel.runtimes._litert_layout import fold_pads
+from bevel.runtimes._xnnpack import (
+    REWRITES,
+    XnnpackQuantizer,
+    choose,
+    name_quantizer,
+    single_images,
+)
 from bevel.runtimes.litert import open_session
 
 aten = torch.ops.aten
@@ -57,7 +64,7 @@ def write(
         return name_quantizer(TORCH, options)
     whole = _converted(program.module(), images)
     if precision == "float32":
-        path.write_bytes(whole)
+        path.write_bytes(finished(whole))
         return None
     if precision in ("float16", "int8-weights"):
         path.write_bytes(_packed(whole, precision, options))
@@ -105,10 +112,12 @@ def _torch_int8(
 ) -> bytes:
     """Quantized by bevel on the torch side."""
     quantizer = XnnpackQuantizer(options.ranges, same_scale=SAME_SCALE)
-    integers = quantize(program, quantizer, calibration, options, fold_weights=False)
+    integers = quantize(
+        program, quantizer, calibration, options, fold_weights=False, rewrites=REWRITES
+    )
     # The converter only asks it whether ranges are static.
     static = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    return float_borders(_converted(integers, images, QuantConfig(pt2e_quantizer=static)))
+    return finished(_converted(integers, images, QuantConfig(pt2e_quantizer=static)))
 
 
 def _native_int8(
@@ -138,7 +147,7 @@ def _native_int8(
             result = quantizer.quantize(ranges, enable_progress_report=False)
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"{NATIVE} refuses the network: {one_line(error, 200)}") from error
-    return float_borders(bytes(result.quantized_model))
+    return finished(bytes(result.quantized_model))
 
 
 def _packed(whole: bytes, precision: str, options: Quantization) -> bytes:
@@ -159,7 +168,7 @@ def _packed(whole: bytes, precision: str, options: Quantization) -> bytes:
     _keep_float(quantizer, options)
     with quiet():
         result = quantizer.quantize(enable_progress_report=False)
-    return bytes(result.quantized_model)
+    return finished(bytes(result.quantized_model))
 
 
 def _keep_float(quantizer: Quantizer, options: Quantization) -> None:
@@ -171,13 +180,14 @@ def _keep_float(quantizer: Quantizer, options: Quantization) -> None:
         )
 
 
-def float_borders(content: bytes) -> bytes:
-    """A file whose integer inputs and outputs are float, and its hard swishes inside.
+def finished(content: bytes) -> bytes:
+    """A file without loose paddings, float where it is entered and left, and in its hard swishes.
 
     The converter makes hard swish an operator on integers wherever it can. XNNPACK does not take
     that one and LiteRT's own kernel is far slower, so it is written in float again.
     """
     model = tflite.read_model_from_bytearray(bytearray(content))
+    fold_pads(model)
     graph = model.subgraphs[0]
     codes, types = tflite.schema_fb.BuiltinOperator, tflite.schema_fb.TensorType
     operators = []

@@ -2,8 +2,8 @@
 
 Activations and weights are int8, with a zero point for activations. Hard swish is written in float
 between two conversions: XNNPACK merges the three into one lookup in a table, while it has no kernel
-for an integer hard swish, which LiteRT then runs itself, slowly. Hard sigmoid is in float: its
-tensors are tiny where networks use it.
+for an integer hard swish, which LiteRT then runs itself, slowly. Hard sigmoid becomes a ReLU6 where
+that can be; elsewhere it is in float: its tensors are tiny where networks use it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bevel.quantization.annotate import FusingQuantizer, IntegerTypes, split_gat
 from bevel.quantization.keeping import ANNOTATION
 from bevel.quantization.pt2e import inputs_of
 from bevel.quantization.ranges import s8s8
+from bevel.quantization.weights import clip_hard_sigmoids
 from bevel.runtimes import Session
 
 aten = torch.ops.aten
@@ -39,6 +40,9 @@ SIGMOID_SCALE = 1 / 256
 
 SPLIT = {aten.silu.default: aten.sigmoid.default, aten.silu_.default: aten.sigmoid.default}
 """Written as x * gate(x): both have integer kernels."""
+
+REWRITES = (clip_hard_sigmoids,)
+"""What is done to a network before its integers are chosen."""
 
 FASTER = 1.05
 """A file that is this many times faster is taken when both agree equally with float."""
