@@ -14,7 +14,7 @@ import bevel
 from bevel.core.errors import SurgeryError
 from bevel.core.modes import evaluating
 from bevel.rewriting.log import SurgeryLog, replay
-from bevel.rewriting.modules import ChannelsLastBatchNorm
+from bevel.rewriting.modules import ChannelsLastBatchNorm, PooledLinear
 
 timm = pytest.importorskip("timm")
 
@@ -255,6 +255,88 @@ def test_a_large_kernel_is_fitted_to_what_it_gave():
     apart = [float((outputs(n.net, x) - outputs(net, x)).square().mean()) for n in (lite, naive)]
     assert apart[0] < apart[1]
     assert {refit.module for refit in lite.refits} == {"0", "2"}
+
+
+class ClipPool(nn.Module):
+    """Pools an image by torch's attention, whose query is the mean, as CLIP's networks do."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(0.1 * torch.randn(37, 1, channels))
+        self.attention = nn.MultiheadAttention(channels, 2)
+        self.project = nn.Linear(channels, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + self.places
+        return self.project(self.attention(x[:1], x, x, need_weights=False)[0][0])
+
+
+class Tokens(nn.Module):
+    """Tokens (N, positions, C), pooled, then classified."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.patch, self.pool, self.head = nn.Conv2d(3, 16, 4, 4), pool, nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.patch(x).flatten(2).transpose(1, 2)))
+
+
+def pools(name: str) -> nn.Module:
+    layers = timm.layers
+    if name == "latent":
+        return Tokens(layers.AttentionPoolLatent(16, num_heads=2, mlp_ratio=1))
+    pool = {
+        "learnt places": lambda: layers.AttentionPool2d(
+            16, feat_size=6, out_features=8, head_dim=8
+        ),
+        "rotary places": lambda: layers.RotAttentionPool2d(16, out_features=16, head_dim=8),
+        "torch's": lambda: ClipPool(16, 8),
+    }[name]()
+    classes = nn.Linear(16 if name == "rotary places" else 8, 5)
+    return nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU(), pool, classes)
+
+
+@pytest.mark.parametrize("name", ["learnt places", "rotary places", "torch's", "latent"])
+def test_attention_that_pools_becomes_a_mean_and_a_layer(name):
+    torch.manual_seed(0)
+    net = pools(name).eval()
+    shades = torch.linspace(-1, 1, 64)[torch.randperm(64)].reshape(-1, 1, 1, 1)
+    batches = (images(64, seed=1) + shades).split(16)
+    lite, naive = (
+        bevel.surgery(net, images(2), rules=["attention_pool"], calibration=batches, fit=fit)
+        for fit in (True, False)
+    )
+    (site,) = lite.sites
+    assert site.reason is None
+    assert site.error.fitted < 0.2 * site.error.naive
+    assert any(isinstance(module, PooledLinear) for module in lite.net.modules())
+    x = images(16, seed=2) + shades[:16]
+    apart = [float((outputs(n.net, x) - outputs(net, x)).square().mean()) for n in (lite, naive)]
+    assert apart[0] < 0.2 * apart[1]
+    assert apart[0] < 0.2 * outputs(net, x).var(0).mean()
+    again = replay(pools(name).eval(), SurgeryLog.model_validate(lite.log.model_dump()))
+    again.load_state_dict(lite.net.state_dict())
+    assert torch.equal(outputs(again, x), outputs(lite.net, x))
+
+
+def test_attention_that_does_not_pool_is_no_place_for_the_rule():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    assert operate(net, "attention_pool", size=32).sites == []
+
+
+class Twice(Call):
+    """The function of two images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(-x)
+
+
+def test_a_pool_that_runs_twice_stays():
+    net = Twice(timm.layers.AttentionPool2d(4, feat_size=24, out_features=4, head_dim=2))
+    (reason,) = refusals(net, "attention_pool")
+    assert "runs several times" in reason
 
 
 def test_a_rule_can_be_a_function():

@@ -38,9 +38,11 @@ SETS: dict[str, tuple[str, ...]] = {
     "lite": (*_EXACT, *_SMOOTH),
     "tidl": (
         *_EXACT, *_SMOOTH, "hardsigmoid", "leaky_relu", "prelu", "norm", "channels_last",
-        "even_kernel", "large_kernel", *_PLAIN,
+        "even_kernel", "large_kernel", "attention_pool", *_PLAIN,
     ),
-    "edgetpu": (*_EXACT, *_SMOOTH, "hardsigmoid", "norm", "channels_last", *_PLAIN),
+    "edgetpu": (
+        *_EXACT, *_SMOOTH, "hardsigmoid", "norm", "channels_last", "attention_pool", *_PLAIN,
+    ),
     "tensorrt": (*_EXACT, *_SMOOTH[1:], "norm", "channels_last", "interpolate_size"),
     "xnnpack": (*_EXACT, "silu", "gelu", "mish", "elu", "norm", "channels_last", "hardsigmoid"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevel.models.fading import Fading
@@ -29,6 +30,30 @@ class ChannelsLastBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised, in the same order of axes."""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PooledLinear(nn.Module):
+    """The mean over all positions, then a linear layer.
+
+    Args:
+        in_features: channels of what is pooled.
+        out_features: size of the vector.
+        of_images: whether images (N, C, H, W) are pooled, or tokens (N, positions, C).
+        keep_axis: whether the result is (N, 1, out_features), or (N, out_features).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, of_images: bool, keep_axis: bool
+    ) -> None:
+        super().__init__()
+        self.of_images, self.keep_axis = of_images, keep_axis
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The vector of each image."""
+        mean = F.adaptive_avg_pool2d(x, 1).flatten(1) if self.of_images else x.mean(1)
+        vector: Tensor = self.linear(mean)
+        return vector[:, None] if self.keep_axis else vector
 
 
 class SeparableConv2d(nn.Sequential):
@@ -63,6 +88,7 @@ MODULES: Mapping[str, Callable[..., nn.Module]] = {
     "Fading": Fading,
     "Identity": nn.Identity,
     "MaxPool2d": nn.MaxPool2d,
+    "PooledLinear": PooledLinear,
     "ReLU": nn.ReLU,
     "SeparableConv2d": SeparableConv2d,
 }

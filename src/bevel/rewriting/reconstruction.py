@@ -283,7 +283,7 @@ class _Fitting:
         if float(missing.square().sum()) < SAME * spread:
             return y
         inputs = layer.read(x, y, places)
-        change = None if inputs is None else _change(inputs, missing, len(y))
+        change = None if inputs is None else best_change(inputs, missing, len(y))
         before = _spread(missing) / spread
         if change is not None:
             layer.weight.add_(change.reshape(layer.weight.shape).to(layer.weight))
@@ -313,7 +313,7 @@ class _Fitting:
         return y + missing.to(y).reshape(-1, *[1] * (y.ndim - 2 if layer.is_image else 0))
 
 
-def _change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
+def best_change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
     """The change of weights that makes the most of what is missing; None if nothing helps.
 
     Ridge regression towards the weights as they are, means aside. Its stiffness is the one that
