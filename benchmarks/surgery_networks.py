@@ -6,7 +6,7 @@
 Per network and set of rules: places by rule, the error of the outputs on images that nothing was
 fitted on, for the naive swap and for what bevel leaves, and with real weights the top-1 accuracy of
 both, all without training. Then the times of one image on one thread, files timed in turn. With
---resume what --out holds is kept.
+--resume what --out holds is kept, and only what it lacks is done. --table prints it as a page does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ RANDOM = (
 
 SETS = {"torchvision:convnext_tiny": "tidl"}
 TESTED = 500
-PACKAGES = ("bevel", "torch", "torchvision", "timm", "onnxruntime")
+PACKAGES = ("bevel", "torch", "torchvision", "timm", "onnxruntime", "openvino",
+    "ai-edge-litert", "executorch",
+)  # fmt: skip
 
 
 def outputs(net: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
@@ -87,16 +89,18 @@ def times(lite: Lite, net: nn.Module, images: Images, runtime: str) -> dict[str,
         return {m.label: m.latency.p50_ms for m in measure_all(subjects) if m.latency is not None}
 
 
+def operate(rules: Any, net: nn.Module, images: Images, *, fit: bool) -> Lite:
+    """Surgery, fitted on the calibration images or naive."""
+    example = images.calibration[0][:2]
+    return bevel.surgery(net, example, rules=rules, calibration=images.calibration, fit=fit)
+
+
 def entry(
-    name: str, rules: Any, net: nn.Module, trained: bool, images: Images, runtimes: list[str]
+    name: str, rules: Any, net: nn.Module, trained: bool, images: Images, lite: Lite
 ) -> dict[str, Any]:
-    """One network and set of rules."""
+    """One network and set of rules, but for the times."""
     wanted, labels = outputs(net, images)
-    naive, lite = (
-        bevel.surgery(net, images.calibration[0][:2], rules=rules, calibration=images.calibration,
-                      fit=fit)
-        for fit in (False, True)
-    )  # fmt: skip
+    naive = operate(rules, net, images, fit=False)
     return {
         "network": name,
         "weights": "trained" if trained else "random",
@@ -108,19 +112,47 @@ def entry(
         "top1": float((wanted.argmax(1) == labels).float().mean()) if trained else None,
         "naive": scores(naive.net, images, wanted),
         "lite": scores(lite.net, images, wanted),
-        "ms": {runtime: times(lite, net, images, runtime) for runtime in runtimes},
+        "ms": {},
     }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: times of the original -> the lite network, by runtime."""
+    runtimes = list(dict.fromkeys(runtime for row in rows for runtime in row["ms"]))
+    heads = ["network", "set", "places", "error, naive", "error, bevel"]
+    heads += [f"{runtime}, {kind}" for runtime in runtimes for kind in ("float32", "int8")]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    for row in rows:
+        if not row["ms"]:
+            continue
+        cells = [row["network"], f"`{row['rules']}`", str(sum(row["rewritten"].values()))]
+        cells += [_number(row[kind]["error"]) for kind in ("naive", "lite")]
+        for runtime in runtimes:
+            ms = row["ms"].get(runtime)
+            for kind in ("float32", "int8"):
+                pair = [f"{ms[f'{net} {kind}']:.2f}" for net in ("original", "lite")] if ms else []
+                cells.append(" -> ".join(pair) or "not run")
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def main() -> None:
     """Every network in turn; what is finished is written at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, help="checkpoints and images")
-    parser.add_argument("--work", type=Path, required=True, help="where images are unpacked")
+    parser.add_argument("--work", type=Path, help="where images are unpacked")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--runtime", action="append", help="may be repeated; onnxruntime")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what --out holds")
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(given.out.read_text("utf-8"))["rows"]))
+        return
     torch.set_num_threads(1)
     rows = json.loads(given.out.read_text("utf-8"))["rows"] if given.resume else []
     small = "MobileNetV3-Small"
@@ -129,24 +161,34 @@ def main() -> None:
     jobs += [(Network(name.partition(":")[2], name), SETS.get(name, "lite")) for name in RANDOM]
     for network, rules in jobs:
         said = rules if isinstance(rules, str) else ", ".join(rules)
-        if any(row["network"] == network.name and row["rules"] == said for row in rows):
+        asked = (given.runtime or ["onnxruntime"]) if isinstance(rules, str) else []
+        row = next((r for r in rows if (r["network"], r["rules"]) == (network.name, said)), None)
+        missing = [runtime for runtime in asked if row is None or runtime not in row["ms"]]
+        if row is not None and not missing:
             continue
         images = load(network, given.shared, None, given.work)
         net, trained = build(network, given.shared, images)
         unfold(net, images.calibration)
         note(f"{network.name}: {said}")
-        runtimes = (given.runtime or ["onnxruntime"]) if isinstance(rules, str) else []
-        rows.append(entry(network.name, rules, net, trained, images, runtimes))
-        print(json.dumps(rows[-1]), flush=True)
-        write_json(
-            given.out,
-            {
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": platform.processor() or platform.machine(),
-                "versions": {package: metadata.version(package) for package in PACKAGES},
-                "rows": rows,
-            },
-        )
+        lite = operate(rules, net, images, fit=True)
+        if row is None:
+            row = entry(network.name, rules, net, trained, images, lite)
+            rows.append(row)
+        for runtime in missing:
+            row["ms"][runtime] = times(lite, net, images, runtime)
+            _write(given.out, rows)
+        _write(given.out, rows)
+        print(json.dumps(row), flush=True)
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    record = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "rows": rows,
+    }
+    write_json(out, record)
 
 
 if __name__ == "__main__":
