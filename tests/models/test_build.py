@@ -104,6 +104,7 @@ def test_unknown_timm_name():
         ("nets.py:number", {}, "returned int, expected a torch.nn.Module"),
         ("nets.py:broken", {}, "nets.py:broken failed: KeyError: 'inner'"),
         ("bevel:mobilenet_v1", {"input_stride": 4}, "input_stride 1 or 2"),
+        ("bevel:resnet20", {"shortcuts": "none"}, "padded or projection, got 'none'"),
     ],
 )
 @pytest.mark.usefixtures("user_file")

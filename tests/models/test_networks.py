@@ -28,8 +28,8 @@ SIZES = {
 }
 
 
-def counted(name):
-    return sum(p.numel() for p in build(f"bevel:{name}").parameters())
+def counted(name, arguments=None):
+    return sum(p.numel() for p in build(f"bevel:{name}", arguments).parameters())
 
 
 def test_every_network_has_a_known_size():
@@ -58,6 +58,8 @@ def test_exact_parameter_counts():
     assert counted("resnet20") == 269722
     assert counted("resnet56") == 853018
     assert counted("resnet110") == 1727962
+    projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
+    assert counted("resnet20", {"shortcuts": "projection"}) == 269722 + projections
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "densenet40", "mobilenet_v1"])
