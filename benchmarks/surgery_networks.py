@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import tempfile
 from collections import Counter
 from datetime import UTC, datetime
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where images are unpacked")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--runtime", action="append", help="may be repeated; onnxruntime")
+    parser.add_argument("--only", default="", help="regular expression for networks")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     given = parser.parse_args()
@@ -160,6 +162,8 @@ def main() -> None:
     jobs += [(find(small), "lite")]
     jobs += [(Network(name.partition(":")[2], name), SETS.get(name, "lite")) for name in RANDOM]
     for network, rules in jobs:
+        if not re.search(given.only, network.name):
+            continue
         said = rules if isinstance(rules, str) else ", ".join(rules)
         asked = (given.runtime or ["onnxruntime"]) if isinstance(rules, str) else []
         row = next((r for r in rows if (r["network"], r["rules"]) == (network.name, said)), None)
