@@ -104,6 +104,61 @@ def test_what_exact_rules_leave_of_the_layer_they_replace():
     assert not any("size=" in str(node) for node in graph.nodes)
 
 
+class InPlace(nn.Module):
+    """Overwrites what it gets, as a module, by an argument, and by an underscore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.Hardswish(inplace=True)
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.act(self.conv(x)), 0.2, True)
+        return self.drop(torch.relu_(x - 0.1).sigmoid_())
+
+
+def overwriting(net: nn.Module) -> set[str]:
+    """Operators that change a tensor, but for those of dropout."""
+    graph = torch.export.export(net.eval(), (images(1),)).graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return {name for name in names if name.split(".")[1].endswith("_") and "drop" not in name}
+
+
+def test_activations_stop_overwriting_and_nothing_else_changes():
+    torch.manual_seed(0)
+    net = InPlace().eval()
+    assert len(overwriting(net)) == 4
+    lite = operate(net, "inplace_activation")
+    assert len(lite.sites) == 4
+    assert lite.proven["inplace_activation"] == 0
+    assert overwriting(lite.net) == set()
+    x = images(4, seed=3)
+    assert torch.equal(outputs(lite.net, x), outputs(net, x))
+    again = replay(InPlace().eval(), SurgeryLog.model_validate_json(lite.log.model_dump_json()))
+    again.load_state_dict(net.state_dict())
+    assert overwriting(again) == set()
+    assert operate(lite.net, "inplace_activation").sites == []
+    assert operate(lite.net, "inplace_dropout").net.drop.inplace is False
+
+
+class GoesOn(nn.Module):
+    """Goes on with what was overwritten, not with the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.act(x)
+        return x
+
+
+def test_a_network_that_counts_on_the_overwriting_is_refused():
+    with pytest.raises(SurgeryError, match="'inplace_activation' is to be exact and changes"):
+        operate(GoesOn().eval(), "inplace_activation")
+
+
 REFUSED = {
     "overlapping average pool": (
         "large_avg_pool", lambda: nn.Sequential(nn.AvgPool2d(5, 1)), "overlap, pad or round up"

@@ -7,7 +7,9 @@ many calls of that function come before it in the same forward, children's forwa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +81,26 @@ def interpolate_by_factors(x: Any, size: Any, *_rest: Any, mode: str = "nearest"
     return F.interpolate(x, scale_factor=factors, mode=mode)
 
 
+def plain_form(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that does what one with a trailing underscore does, but leaves its tensor."""
+    name = str(getattr(function, "__name__", ""))
+    plain = name.removesuffix("_")
+    if plain == name or name.startswith("__"):
+        return None
+    found: Any = getattr(torch, plain, None) or getattr(F, plain, None)
+    return found if callable(found) else None
+
+
+def out_of_place(function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """What a function that overwrites its tensor gives, as a tensor of its own."""
+    plain = plain_form(function)
+    if plain is not None:
+        return plain(*given, **named)
+    bound = inspect.signature(function).bind(*given, **named)
+    bound.arguments["inplace"] = False
+    return function(*bound.args, **bound.kwargs)
+
+
 DIVERSIONS: dict[str, Callable[..., Any]] = {
     "clip": clip,
     "first": first,
@@ -91,7 +113,9 @@ DIVERSIONS: dict[str, Callable[..., Any]] = {
     "relu of second": relu_of_second,
 }
 """What a call can become; besides, `module:NAME` is a child's forward of what was given first, and
-`module of second:NAME` of what was given second."""
+`module of second:NAME` of what was given second; `out of place` depends on the function."""
+
+OUT_OF_PLACE = "out of place"
 
 
 class Depth:
@@ -127,10 +151,12 @@ class _Diverting(TorchFunctionMode):
             becomes = self.module.diverted_calls.get((name, ordinal))
             if becomes is not None:
                 with standing_in(func):
-                    return self._instead(becomes)(*args, **kwargs)
+                    return self._instead(becomes, func)(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _instead(self, becomes: str) -> Callable[..., Any]:
+    def _instead(self, becomes: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if becomes == OUT_OF_PLACE:
+            return partial(out_of_place, function)
         kind, _, child = becomes.partition(":")
         if not child:
             return DIVERSIONS[becomes]
@@ -167,7 +193,7 @@ def divert(module: nn.Module, function: str, ordinal: int, becomes: str) -> None
         module: whose forward makes the call.
         function: its name (`name_of`).
         ordinal: how many calls of it come before in the same forward.
-        becomes: one of `DIVERSIONS`.
+        becomes: see `DIVERSIONS`.
     """
     if not isinstance(module, Diverted):
         module.__class__ = _diverted(type(module))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
 from bevel.models.fading import fades
-from bevel.rewriting.calls import DIVERSIONS, divert, function_named, watch
+from bevel.rewriting.calls import DIVERSIONS, OUT_OF_PLACE, divert, function_named, watch
 from bevel.rewriting.modules import MODULES
 
 
@@ -50,6 +50,13 @@ class AddBias(_Action):
     channels: int
 
 
+class OutOfPlace(_Action):
+    """A module no longer overwrites what it is given."""
+
+    action: Literal["out of place"] = "out of place"
+    module: str
+
+
 Method = Literal["reparameterize", "switch_to_deploy"]
 """How timm and the authors of RepVGG call what makes one convolution of a block of branches."""
 
@@ -62,7 +69,7 @@ class Reparametrize(_Action):
     method: Method
 
 
-AnyAction = Replace | Divert | AddBias | Reparametrize
+AnyAction = Replace | Divert | AddBias | OutOfPlace | Reparametrize
 Action = Annotated[AnyAction, Field(discriminator="action")]
 
 
@@ -117,16 +124,19 @@ def perform(net: nn.Module, action: AnyAction) -> None:
         if function_named(action.function) is None:
             raise SurgeryError(f"torch has no function '{action.function}' to be diverted")
         child = action.becomes.partition(":")[2]
-        if action.becomes not in DIVERSIONS and not hasattr(module, child or "?"):
-            raise SurgeryError(
-                f"no call becomes '{action.becomes}'; there are: {_names(DIVERSIONS)}"
-            )
+        known = {*DIVERSIONS, OUT_OF_PLACE}
+        if action.becomes not in known and not hasattr(module, child or "?"):
+            raise SurgeryError(f"no call becomes '{action.becomes}'; there are: {_names(known)}")
         divert(module, action.function, action.ordinal, action.becomes)
     elif isinstance(action, Reparametrize):
         method = getattr(module, action.method, None)
         if method is None:
             raise SurgeryError(f"'{action.module}' has no {action.method}: another network's log")
         method()
+    elif isinstance(action, OutOfPlace):
+        if not hasattr(module, "inplace"):
+            raise SurgeryError(f"'{action.module}' overwrites nothing: another network's log")
+        setattr(module, "inplace", False)  # noqa: B010  # nn.Module's type knows no such thing
     else:
         if getattr(module, "bias", None) is not None or not hasattr(module, "weight"):
             raise SurgeryError(f"'{action.module}' takes no new bias: another network's log")
@@ -166,5 +176,5 @@ def _module(net: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def _names(known: Mapping[str, Any]) -> str:
+def _names(known: Iterable[str]) -> str:
     return ", ".join(sorted(known))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from bevel.core.errors import SurgeryError
 from bevel.rewriting.calls import name_of
-from bevel.rewriting.log import AddBias, Divert, Method, Reparametrize, Replace, SurgeryLog
+from bevel.rewriting.log import (
+    AddBias,
+    Divert,
+    Method,
+    OutOfPlace,
+    Reparametrize,
+    Replace,
+    SurgeryLog,
+)
 from bevel.rewriting.reconstruction import Affine
 from bevel.rewriting.samples import Samples
 from bevel.rewriting.seen import Node, Ref, Seen
@@ -58,6 +66,10 @@ class Surgeon:
             self.net,
             Divert(module=node.module, function=name, ordinal=frame.ordinal, becomes=becomes),
         )
+
+    def out_of_place(self, module: str) -> None:
+        """Have a module keep what it is given."""
+        self.log.do(self.net, OutOfPlace(module=module))
 
     def reparametrize(self, module: str, method: Method) -> None:
         """Have a block of several branches become one convolution, by its own method."""
