@@ -83,7 +83,7 @@ def times(lite: Lite, net: nn.Module, images: Images, runtime: str) -> dict[str,
                     images.calibration[0][:2],
                     runtime=runtime,
                     precision=precision,
-                    calibration=images.calibration,
+                    calibration=images.calibration[:1],  # times do not depend on the ranges
                     path=path,
                 )
                 subjects.append(Subject(f"{label} {precision}", artifact, variant))
