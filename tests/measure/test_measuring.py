@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections import Counter
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +330,7 @@ def test_damaged_file_is_one_line(files, tmp_path, capfd):
 
 
 def test_runner_takes_files_in_turn(monkeypatch):
-    """Every round runs each file once; warm-up is not counted."""
+    """Every round runs each file once, after any of the others; warm-up is not counted."""
     order = []
 
     def opened(job):
@@ -340,11 +342,15 @@ def test_runner_takes_files_in_turn(monkeypatch):
 
     monkeypatch.setattr(runner, "_sessions", opened)
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
-    result = runner._latency({"subjects": ["a", "b"], "threads": 2})
-    warm = runner.WARMUP_RUNS
-    assert order[: 2 * warm] == ["a"] * warm + ["b"] * warm
-    assert order[2 * warm :] == ["a", "b"] * runner.LEAST_RUNS
-    assert [len(times) for times in result["samples_ms"]] == [runner.LEAST_RUNS] * 2
+    result = runner._latency({"subjects": ["a", "b", "c"], "threads": 2})
+    warm, least = runner.WARMUP_RUNS, runner.LEAST_RUNS
+    assert order[: 3 * warm] == ["a"] * warm + ["b"] * warm + ["c"] * warm
+    timed = order[3 * warm :]
+    rounds = [timed[start : start + 3] for start in range(0, len(timed), 3)]
+    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * least
+    followed = Counter(pairwise(timed))
+    assert all(followed[pair] > least / 5 for pair in permutations("abc", 2))
+    assert [len(times) for times in result["samples_ms"]] == [least] * 3
 
 
 def test_plain_network_measured_by_path(tmp_path, monkeypatch):
