@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import bevel
+from bevel.core import plugins
 from bevel.core.errors import SurgeryError, UnknownNameError
 from bevel.graph.program import export_program
 from bevel.models.fading import Fading, fade, fades, settle
@@ -91,6 +92,27 @@ def test_no_site_is_missed(operated):
     kept = {site.rule for site in lite.sites if site.reason is not None}
     assert not kept
     assert not any(after[name] for names in DEAR.values() for name in names)
+
+
+def exact_rules() -> list[str]:
+    return [name for name in plugins.own("rules") if plugins.load("rules", name).EXACT]
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "repvgg_a0", "mobileone_s0"])
+def test_every_exact_rule_changes_no_answer_of_any_network(name):
+    torch.manual_seed(0)
+    factory = NETWORKS.get(name) or timm_net(name)
+    net, x = settled(factory(), images(8)), images(4, seed=1)
+    found = set()
+    for rule in exact_rules():
+        lite = surgery(net, x, rules=[rule])
+        rewritten = [site for site in lite.sites if site.reason is None]
+        if rewritten:
+            found.add(rule)
+            assert lite.proven[rule] <= 1e-5
+            wanted = run(net, x)
+            assert (run(lite.net, x) - wanted).abs().max() <= 1e-3 * wanted.abs().max(), rule
+    assert ("batch_norm" in found) == (name not in {"vit_tiny", "convnext_atto"})
 
 
 def test_what_is_fitted_is_closer_than_the_naive_swap(operated):

@@ -244,7 +244,8 @@ def _apply(
             later = now.changed()
             apart = _difference(before, later.outputs, exact=rule.EXACT)
             if earlier is not None and not apart <= TOLERANCE:
-                apart = _apart_in_float64(earlier, later, otherwise=apart)
+                again = Surgeon(earlier, seen, {}, SurgeryLog(), {}, **asdict(how))
+                apart = _apart_in_float64(rule, again, places, now, otherwise=apart)
     except FORWARD_FAULTS as error:
         raise SurgeryError(f"the rule '{name}' fails: {one_line(error, 160)}") from error
     lite.sites.extend(SiteReport(name, _said(p), why) for p, why in found if why is not None)
@@ -275,17 +276,22 @@ def _unreached(place: Place, given: Samples) -> str | None:
     return "no calibration image reaches it" if missing else None
 
 
-def _apart_in_float64(earlier: nn.Module, later: _State, *, otherwise: float) -> float:
-    """How far an exact rule has changed the outputs, where in float32 it seems to have.
+def _apart_in_float64(
+    rule: Rule, surgeon: Surgeon, places: Sequence[Place], now: _State, *, otherwise: float
+) -> float:
+    """How far an exact rule changes the outputs, where in float32 it seems to change them.
 
-    Rounding grows from layer to layer, and a detector takes boxes or leaves them by it.
+    Rounding grows from layer to layer, and a detector takes boxes or leaves them by it; weights
+    that a rule computes are rounded too. So the rule is done again to a copy in float64.
     `otherwise`: what float32 says, for networks that ask for it somewhere.
     """
-    wide = [map_inputs(batch, _widened) for batch in later.batches]
+    wide = [map_inputs(batch, _widened) for batch in now.batches]
     try:
-        before, after = (
-            _outputs(copy.deepcopy(net).double(), wide) for net in (earlier, later.net)
-        )
+        net = surgeon.net.double()
+        before = _outputs(net, wide)
+        for place in places:
+            rule.rewrite(surgeon, place)
+        after = _outputs(net, wide)
     except FORWARD_FAULTS:  # it asks for float32 somewhere
         return otherwise
     return _difference(before, after, exact=True)
