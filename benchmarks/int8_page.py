@@ -267,7 +267,7 @@ def _methods(results: Entry) -> list[str]:
         f"({min(runs, default=0)} to {max(runs, default=0)} runs each).",
         "Since 2026-11-22T01:20 they take another order each round. Before, float32, int8 and "
         "native always ran in this order, and who runs after the float file finds its caches "
-        "filled by that: 1.5 % in a run of MobileNetV1 on ExecuTorch in both orders.",
+        "filled by that.",
         "float32 is pinned: no runtime may use bfloat16 for it.",
         "Pruned: 50 % of the MACs, l2, global; batch norms recalibrated, no fine-tuning, so its "
         "accuracy says what int8 does to a pruned network and not what pruning can reach.",

@@ -66,7 +66,8 @@ class Gates(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         scale = self.gate(x.mean((2, 3), keepdim=True))
-        product = x * nn.functional.hardsigmoid(scale)
+        gate = nn.functional.hardsigmoid(scale)
+        product = gate * gate if self.kind == "its own square" else x * gate
         last: Tensor = self.last(product)
         if self.kind == "product read twice":
             return last + product.mean(1, keepdim=True)
@@ -80,6 +81,7 @@ class Gates(nn.Module):
         (Gates("read once"), 1),
         (Gates("product read twice"), 0),
         (Gates("layer read twice"), 0),
+        (Gates("its own square"), 0),
     ],
 )
 def test_hard_sigmoids_become_relu6_and_nothing_else_changes(net, gates):

@@ -105,6 +105,8 @@ def _gates(module: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
         reader = _only_user(product) if product is not None else None
         if product is None or reader is None or product.target not in PRODUCTS:
             continue
+        if product.args.count(gate) != 1:  # its square
+            continue
         layer: Node = gate.args[0]
         ours = _own_weights(layer) and _own_weights(reader) and reader.args[0] is product
         if ours and list(layer.users) == [gate] and _bias_node(layer):

@@ -23,7 +23,7 @@ from bevel.core.progress import track
 from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.quantization.pt2e import quantize
-from bevel.runtimes._litert_layout import fold_pads
+from bevel.runtimes._litert_layout import code_of, fold_pads
 from bevel.runtimes._xnnpack import (
     REWRITES,
     XnnpackQuantizer,
@@ -192,9 +192,8 @@ def finished(content: bytes) -> bytes:
     codes, types = tflite.schema_fb.BuiltinOperator, tflite.schema_fb.TensorType
     operators = []
     for operator in graph.operators:
-        known = model.operatorCodes[operator.opcodeIndex].builtinCode
         (source, *_), (result, *_) = operator.inputs, operator.outputs
-        if known != codes.HARD_SWISH or graph.tensors[source].type != types.INT8:
+        if code_of(model, operator) != codes.HARD_SWISH or graph.tensors[source].type != types.INT8:
             operators.append(operator)
             continue
         operator.inputs = [_float_twin(graph, source, "_float")]

@@ -22,13 +22,14 @@ TO_CHANNELS_FIRST = [0, 3, 1, 2]
 def fold_pads(model: Any) -> None:
     """Move each zero padding behind the transpose that follows it, then into its convolution."""
     graph = model.subgraphs[0]
-    for pad in [operator for operator in graph.operators if _kind(model, operator) == CODES.PAD]:
+    for pad in [operator for operator in graph.operators if code_of(model, operator) == CODES.PAD]:
         if _keeps_integers(graph, pad):
             _change_layout(model, graph, pad)
             _merge(model, graph, pad)
 
 
-def _kind(model: Any, operator: Any) -> int:
+def code_of(model: Any, operator: Any) -> int:
+    """The code of an operator, where old files have it or where new ones do."""
     code = model.operatorCodes[operator.opcodeIndex]
     return max(int(code.builtinCode), int(code.deprecatedBuiltinCode))
 
@@ -55,6 +56,8 @@ def _change_layout(model: Any, graph: Any, pad: Any) -> None:
     if last is None or not _transposes(model, graph, last, TO_CHANNELS_LAST):
         return
     amounts = _constant(model, graph, pad.inputs[1])
+    if not amounts.size:  # they are computed
+        return
     first = _maker(graph, pad.inputs[0])
     if first is not None and _transposes(model, graph, first, TO_CHANNELS_FIRST):
         source = first.inputs[0]
@@ -73,7 +76,7 @@ def _change_layout(model: Any, graph: Any, pad: Any) -> None:
 def _merge(model: Any, graph: Any, pad: Any) -> None:
     """Let the convolution pad, where it would pad by the same amounts."""
     reader = _only_reader(graph, pad.outputs[0])
-    if reader is None or _kind(model, reader) not in CONVOLUTIONS:
+    if reader is None or code_of(model, reader) not in CONVOLUTIONS:
         return
     options = reader.builtinOptions
     if options.padding != tflite.schema_fb.Padding.VALID or reader.inputs[0] != pad.outputs[0]:
@@ -99,7 +102,7 @@ def _same(size: int, kernel: int, made: int, step: int, dilation: int) -> list[i
 
 
 def _transposes(model: Any, graph: Any, operator: Any, order: Sequence[int]) -> bool:
-    if _kind(model, operator) != CODES.TRANSPOSE:
+    if code_of(model, operator) != CODES.TRANSPOSE:
         return False
     return bool(_constant(model, graph, operator.inputs[1]).tolist() == list(order))
 

@@ -1,4 +1,4 @@
-"""Activation functions that overwrite what they get -> out of place; exact.
+"""Activation functions, and others of one tensor, that overwrite it -> out of place; exact.
 
 Some exporters and hooks want every tensor to stay what it was; so do trainings whose gradients need
 an overwritten one. Where a network goes on with what was overwritten instead of with the result,
