@@ -1,10 +1,13 @@
 """The distillation loss against its formula."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from bevel.finetuning.distill import combined_loss, distillation_loss
+from bevel.finetuning.distill import combined_loss, distillation_loss, seeing
 
 
 def test_it_is_zero_for_equal_outputs_and_matches_the_formula():
@@ -38,3 +41,15 @@ def test_the_weight_mixes_both_losses():
     assert mixed(0.0) == pytest.approx(float(label_loss))
     assert mixed(1.0) == pytest.approx(float(distillation_loss(student, teacher, 2.0)))
     assert mixed(0.25) == pytest.approx(float(0.75 * mixed(0.0) + 0.25 * mixed(1.0)))
+
+
+def test_a_teacher_is_shown_the_size_that_it_knows():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    small, large = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 24, 24)
+    taught = seeing(net, (24, 24))
+    enlarged = F.interpolate(small, (24, 24), mode="bilinear", antialias=True)
+    for teacher in (taught, copy.deepcopy(taught)):  # training takes a copy
+        assert torch.equal(teacher(small), net(enlarged))
+        assert not torch.allclose(teacher(small), net(small), atol=1e-3)
+        assert torch.equal(teacher(large), net(large))

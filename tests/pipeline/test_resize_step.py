@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import ModelError
+from bevel.finetuning.train import finetune
 from bevel.runtimes import open_artifact
 from bevel.testing.plugin import assert_readable
 
@@ -76,6 +78,25 @@ def test_files_of_both_sizes_are_measured_on_images_of_their_own(recipe, tmp_pat
     bevel.run(recipe, out=folder)  # finished: nothing is done again
     assert (folder / "artifacts/compressed-onnxruntime-int8.onnx").stat().st_mtime_ns == modified
     assert open_artifact(folder / "artifacts/compressed-onnxruntime-int8.onnx").runtime
+
+
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_the_teacher_sees_its_own_size_unless_feature_maps_are_compared(
+    recipe, tmp_path, monkeypatch, features
+):
+    seen = []
+    recipe["steps"][0]["train"]["epochs"] = recipe["steps"][2]["finetune"]["epochs"] = 1
+    recipe["steps"][2]["finetune"]["distill"] = {"features": features}
+
+    def watched(net, *arguments, teacher=None, **options):
+        if teacher is not None:
+            teacher = copy.deepcopy(teacher)
+            teacher[0].register_forward_pre_hook(lambda _, images: seen.append(images[0].shape))
+        return finetune(net, *arguments, teacher=teacher, **options)
+
+    monkeypatch.setattr("bevel.pipeline.flow.finetune", watched)
+    bevel.run(recipes.validate(recipe), out=tmp_path / "run")
+    assert {tuple(shape[2:]) for shape in seen} == {(8, 8) if features else (16, 16)}
 
 
 def test_a_network_that_takes_one_size_only_is_refused_in_a_line(recipe, tmp_path):

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+Size = tuple[int, int]
+
+
+def seeing(teacher: nn.Module, size: Size) -> nn.Module:
+    """A copy of the teacher that resizes what it is shown to the size (H, W) that it knows.
+
+    A network that was trained on 224 pixels gives worse answers for 112: on photographs of no more
+    pixels than that it is asked as well as before with the same images made larger.
+    """
+    taught = copy.deepcopy(teacher)
+    taught.register_forward_pre_hook(partial(_resized, size))
+    return taught
+
+
+def _resized(size: Size, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    images, *others = inputs
+    if images.shape[-2:] == size:
+        return inputs
+    return F.interpolate(images, size, mode="bilinear", antialias=True), *others
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -31,6 +31,7 @@ from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.data.metrics import evaluate
 from bevel.devices import split_address
+from bevel.finetuning.distill import seeing
 from bevel.finetuning.train import finetune
 from bevel.graph.couplings import analyze
 from bevel.models import build
@@ -184,7 +185,7 @@ class Flow:
             model.data,
             settings,
             seed=self.recipe.seed,
-            teacher=original.net if settings.distill is not None else None,
+            teacher=_teacher(original, model, settings),
             folder=folder / "training",
             label=verb,
             penalty=sparsity,
@@ -216,7 +217,7 @@ class Flow:
             model.data,
             settings,
             self.recipe,
-            teacher=original.net if settings.distill is not None else None,
+            teacher=_teacher(original, model, settings),
             folder=self.folder.step_folder(name) / "training",
         )
         numbers = {
@@ -359,6 +360,19 @@ class Flow:
 
     def _calibration(self, model: Model) -> Any:
         return model.calibration(self.recipe.calibration.images)
+
+
+def _teacher(original: Model, model: Model, settings: TrainStep) -> nn.Module | None:
+    """Whom a network learns from: the original, on images of the size that it knows.
+
+    Where their feature maps are compared, it sees those that the network sees, so that they match.
+    """
+    if settings.distill is None:
+        return None
+    channels, height, width = original.data.input_shape
+    if model.data.input_shape == (channels, height, width) or settings.distill.features > 0:
+        return original.net
+    return seeing(original.net, (height, width))
 
 
 def check_names(recipe: Recipe) -> None:
