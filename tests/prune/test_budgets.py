@@ -13,7 +13,7 @@ import bevel
 from bevel.core.errors import PruningError
 from bevel.core.limits import QUANTITIES, parse_limit
 from bevel.graph.couplings import analyze
-from bevel.pruning.allocate import Problem, rank_all
+from bevel.pruning.allocate import Problem, knapsack, rank_all
 from bevel.pruning.allocate.isomorphic import kind
 from bevel.pruning.quantities import PeakMemoryKb, SizeKb
 from bevel.runtimes import export
@@ -134,7 +134,7 @@ def test_a_branch_that_waits_is_alive():
 @settings(max_examples=30, deadline=None)
 @given(
     network=st.sampled_from(ALL),
-    allocate=st.sampled_from(["global", "uniform", "isomorphic"]),
+    allocate=st.sampled_from(["global", "uniform", "isomorphic", "knapsack"]),
     precision=st.sampled_from(["float32", "int8"]),
     budget=st.dictionaries(
         st.sampled_from(["macs", "params", "size_kb", "peak_memory_kb"]),
@@ -252,3 +252,64 @@ def test_scores_are_compared_within_a_kind_only():
         return allocate(Problem(analysis, groups, {"macs": 0.5})).tolist()
 
     assert allocated(1) == allocated(1000)
+
+
+# -- knapsack ---------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two inner layers of equal widths, the first on nine times the positions of the second."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.large = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 3, 1))
+        self.small = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 3, 1))
+
+    def forward(self, x):
+        return self.small(nn.functional.avg_pool2d(self.large(x), 3))
+
+
+def knapsack_of(scores, limits, **options):
+    """Both inner layers of a `Pair`, with these scores."""
+    analysis = analyze(Pair().eval(), torch.randn(1, 3, 9, 9))
+    numbers = [number for number, group in enumerate(analysis.groups) if group.size == 8]
+    groups = rank_all(analysis, dict(zip(numbers, scores, strict=True)), options.pop("align", 1))
+    assert [group.name for group in groups] == ["large.0", "small.0"]
+    return Problem(analysis, groups, limits, **options)
+
+
+def test_of_two_channels_of_one_worth_the_dearer_goes():
+    ask = knapsack_of(np.ones((2, 8)), {"macs": 0.8})
+    assert knapsack.allocate(ask).tolist() == [6, 8]  # one channel is 11.25 % of all MACs, or 1.25
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1 << 16), limit=st.floats(0.25, 0.95), align=st.sampled_from([1, 2]))
+def test_no_other_widths_lose_less_by_more_than_one_step(seed, limit, align):
+    """Greedy against every choice that there is."""
+    ask = knapsack_of(np.random.default_rng(seed).random((2, 8)), {"macs": limit}, align=align)
+
+    def lost(kept):
+        return sum(g.scores[: g.size - k].sum() for g, k in zip(ask.groups, kept, strict=True))
+
+    every = [np.array([a, b]) for a in ask.groups[0].levels for b in ask.groups[1].levels]
+    best = min(lost(kept) for kept in every if ask.meets(kept))
+    kept = knapsack.allocate(ask)
+    assert ask.meets(kept)
+    assert lost(kept) <= best + max(g.scores[-align:].sum() for g in ask.groups) + 1e-9
+
+
+class Stairs:
+    """A time that falls with every fourth channel."""
+
+    def at(self, kept):
+        return float(sum(-(-int(k) // 4) for k in kept))
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.8, 0.75])
+def test_widths_end_where_time_falls(limit):
+    scores = np.random.default_rng(0).random((2, 8))
+    ask = knapsack_of(scores, {"latency_ms": limit}, quantities={"latency_ms": Stairs()})
+    kept = knapsack.allocate(ask)
+    assert set(kept.tolist()) <= {4, 8}
+    assert kept.tolist() != [8, 8]
