@@ -5,8 +5,8 @@ the limited quantities when g alone is cut, each as a share of what has to go of
 convex hull of the points (c, v), from the full width on, every step down has a price, importance
 lost over cost saved: kept_g = min {l on the hull : its steps down cost <= t}; t is the smallest
 that meets the budget. That is the greedy solution of the multiple-choice knapsack (Sinha and
-Zoltners 1979); Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022, choose
-by it for latency.
+Zoltners 1979); Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022, let
+a knapsack choose for latency.
 
 Sums of scores want a criterion whose scores mean the same everywhere, as those of `taylor` do.
 """
