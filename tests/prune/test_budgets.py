@@ -299,6 +299,16 @@ def test_no_other_widths_lose_less_by_more_than_one_step(seed, limit, align):
     assert lost(kept) <= best + max(g.scores[-align:].sum() for g in ask.groups) + 1e-9
 
 
+def test_scores_that_do_not_compare_count_by_their_share_of_the_group():
+    scores = np.random.default_rng(0).random((2, 8))
+    kept = [
+        knapsack.allocate(knapsack_of(s, {"macs": 0.6}, comparable=False)).tolist()
+        for s in (scores, scores * [[1000], [1]])
+    ]
+    assert kept[0] == kept[1]
+    assert knapsack.allocate(knapsack_of(scores * [[1000], [1]], {"macs": 0.95})).tolist()[0] == 8
+
+
 class Stairs:
     """A time that falls with every fourth channel."""
 

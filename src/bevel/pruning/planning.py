@@ -18,6 +18,7 @@ from bevel.core.limits import QUANTITIES, Amount, Limit, parse_limit
 from bevel.graph.couplings import Analysis, analyze
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
+from bevel.pruning.criteria import Criterion
 from bevel.pruning.given import given
 from bevel.pruning.plan import PruningPlan, make_plan
 from bevel.pruning.quantities import KNOWN, WEIGHT_BYTES, Build, Quantity
@@ -114,7 +115,7 @@ def plan_pruning(
     else:
         groups = [group for group in groups if len(group.levels) > 1]
         built = {name: known[name](analysis, precision) for name in limits if name in known}
-        problem = _problem(analysis, groups, limits, built, notes)
+        problem = _problem(analysis, groups, limits, built, notes, criterion)
         if allocator.NEEDS_CALIBRATION and calibration is not None:
             where = Path(folder) if folder is not None else None
             degradation = Sensitivity(net, analysis, groups, calibration, where)
@@ -144,14 +145,23 @@ def _problem(
     limits: Mapping[str, Limit],
     quantities: Mapping[str, Quantity],
     notes: Sequence[str],
+    criterion: str,
 ) -> Problem:
     """The allocator's problem, with all limits as shares of what the network has."""
+    scorer: Criterion = plugins.load("criteria", criterion)
     full = analysis.full()
     shares = {
         name: limit.of(quantities[name].at(full)) if name in quantities else limit.value
         for name, limit in limits.items()
     }
-    return Problem(analysis, groups, shares, notes=notes, quantities=quantities)
+    return Problem(
+        analysis,
+        groups,
+        shares,
+        notes=notes,
+        quantities=quantities,
+        comparable=scorer.COMPARABLE,
+    )
 
 
 def _request(

@@ -158,6 +158,7 @@ class Problem:
         notes: what stays whole and why, dearest first; for the error where the limits cannot be
             met.
         quantities: what the limits are on, where it is not MACs or parameters.
+        comparable: whether a score means the same in every group, as `COMPARABLE` of criteria says.
     """
 
     analysis: Analysis
@@ -166,6 +167,7 @@ class Problem:
     degradation: Degradation | None = None
     notes: Sequence[str] = ()
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
+    comparable: bool = True
     _original: dict[str, float] = field(init=False, default_factory=dict)
     _full: np.ndarray = field(init=False)
     _indices: np.ndarray = field(init=False)

@@ -1,14 +1,12 @@
 """The least importance lost for what has to be saved: dear channels go before cheap ones.
 
-Of group g at width l, v_g(l) is the sum of the scores that are gone, and c_g(l) what is saved of
-the limited quantities when g alone is cut, each as a share of what has to go of it. On the lower
-convex hull of the points (c, v), from the full width on, every step down has a price, importance
-lost over cost saved: kept_g = min {l on the hull : its steps down cost <= t}; t is the smallest
-that meets the budget. That is the greedy solution of the multiple-choice knapsack (Sinha and
-Zoltners 1979); Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022, let
-a knapsack choose for latency.
-
-Sums of scores want a criterion whose scores mean the same everywhere, as those of `taylor` do.
+Of group g at width l, v_g(l) is the sum of the scores that are gone (its share of the group's sum,
+where scores of two groups do not compare), and c_g(l) what is saved of the limited quantities when
+g alone is cut, each as a share of what has to go of it. On the lower convex hull of the points
+(c, v), from the full width on, every step down has a price, importance lost over cost saved:
+kept_g = min {l on the hull : its steps down cost <= t}; t is the smallest that meets the budget.
+That is the greedy solution of the multiple-choice knapsack (Sinha and Zoltners 1979); Shen et al.,
+"Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022, let a knapsack choose for latency.
 """
 
 from __future__ import annotations
@@ -47,7 +45,8 @@ def _prices(problem: Problem, place: int) -> np.ndarray:
     All steps of one segment of the hull have one price, so they are taken together.
     """
     group = problem.groups[place]
-    lost = np.concatenate([[0.0], np.cumsum(group.scores)])[group.size - group.levels]
+    gone = np.concatenate([[0.0], np.cumsum(group.scores)])
+    lost = gone[group.size - group.levels] / (1.0 if problem.comparable else max(gone[-1], 1e-30))
     saved = _saved(problem, place)
     prices = np.full(len(lost) - 1, np.inf)
     corner, last = 0, len(lost) - 1
