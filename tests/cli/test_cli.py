@@ -217,6 +217,28 @@ def test_finetune_export_and_measure_files(place: Workplace, bevel: Bevel) -> No
     assert all(len(entry["latency"]["samples_ms"]) >= 100 for entry in found)
 
 
+def test_files_of_two_sizes_get_images_of_their_own(place: Workplace, bevel: Bevel) -> None:
+    training = {"epochs": 1, "precision": "float32", "compile": "never", "distill": {}}
+    recipe = place.recipe(
+        steps=[{"resize": {"size": 6}}, {"prune": {"ratio": 0.5}}, {"finetune": training}]
+    )
+    model = ["net.py:tiny", "--input", "1x3x6x6", "--ratio", 0.5, "--align", 1]
+    assert bevel("prune", *model, "--recipe", recipe, "--out", "p.safetensors").code == 0
+    trust = ["--model", "net.py:tiny", "--recipe", recipe]
+    tuned = bevel("finetune", "p.safetensors", *trust, "--out", "f.safetensors")
+    assert tuned.code == 0, tuned
+    export = bevel("export", "f.safetensors", *trust, "--precision", "int8", "--out", "i.onnx")
+    assert export.code == 0, export
+    assert bevel("export", "net.py:tiny", "--input", "1x3x8x8", "--out", "o.onnx").code == 0
+    measured = bevel("measure", "o.onnx", "i.onnx", "--recipe", recipe, "--json")
+    assert measured.code == 0, measured
+    found = json.loads(measured.out)["measurements"]
+    assert [entry["artifact"]["inputs"][0]["shape"][-1] for entry in found] == [8, 6]
+    assert all(entry["accuracy"]["images"] == 24 for entry in found)
+    doctor = bevel("doctor", "i.onnx", "--recipe", recipe)
+    assert doctor.code == 0, doctor
+
+
 def test_explain_says_what_can_be_pruned(place: Workplace, bevel: Bevel) -> None:
     recipe = place.recipe()
     text = bevel("explain", recipe)

@@ -111,7 +111,7 @@ def _inputs(
     if source is not None:
         from bevel.data import load
 
-        data = load(source.data, seed=source.seed)
+        data = load(source.data_for(artifact.inputs[0].shape[-1]), seed=source.seed)
         images, _ = next(iter(data.batches("test", batch_size=count, limit=count)))
         return images
     return None

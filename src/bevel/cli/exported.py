@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from bevel.cli.listing import completing
 from bevel.cli.runs import Json, Set
 from bevel.core.errors import RecipeError
 from bevel.core.recipe import Quantization, Recipe
+from bevel.core.records import Artifact
 
 
 def register(app: typer.Typer) -> None:
@@ -86,6 +88,19 @@ def export(
         console.print_text(f"{out}: {artifact.size_bytes:,} bytes, sha256 {artifact.sha256}")
 
 
+def _test_images(source: Recipe, artifacts: Sequence[Artifact], limit: int | None) -> list[Any]:
+    """For each file the test images of the recipe's data, in the size that it takes."""
+    from bevel.data import load
+
+    images: dict[str, Any] = {}
+    sections = [source.data_for(artifact.inputs[0].shape[-1]) for artifact in artifacts]
+    for section in sections:
+        if section.model_dump_json() not in images:
+            data = load(section, seed=source.seed)
+            images[section.model_dump_json()] = data.batches("test", limit=limit)
+    return [images[section.model_dump_json()] for section in sections]
+
+
 def _calibrated(
     source: Recipe,
     network: networks.Network,
@@ -94,7 +109,7 @@ def _calibrated(
     options: Quantization,
 ) -> tuple[Any, Quantization]:
     """Training images for the ranges, and the options with the layers that stay in float."""
-    data = networks.fitting_data(source, network.net)
+    data = networks.fitting_data(source, network)
     calibration = data.batches("train", limit=source.calibration.images)
     if precision == "int8":
         from bevel.pipeline.int8 import fall_back
@@ -157,16 +172,18 @@ def measure(
     """Run exported files: latency (interleaved), memory and, with a recipe's data, accuracy."""
     source = networks.read_recipe(recipe, overrides)
     with console.working(quiet_stdout=json):
-        import bevel
         from bevel.measurement.bench import Subject, images_for, measure_all
         from bevel.runtimes import open_artifact
 
-        subjects = [Subject(str(path), open_artifact(path), None) for path in artifacts]
-        batches = None
+        opened = [open_artifact(path) for path in artifacts]
+        images = [None] * len(opened)
         if source is not None:
-            data = bevel.load_data(source.data, seed=source.seed)
-            batches = data.batches("test", limit=images_for(device))
-        found = measure_all(subjects, device=device, threads=threads, batches=batches)
+            images = _test_images(source, opened, images_for(device))
+        subjects = [
+            Subject(str(path), artifact, batches=own)
+            for path, artifact, own in zip(artifacts, opened, images, strict=True)
+        ]
+        found = measure_all(subjects, device=device, threads=threads)
     if json:
         console.print_json({"measurements": [m.model_dump(mode="json") for m in found]})
         return

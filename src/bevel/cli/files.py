@@ -22,8 +22,6 @@ from bevel.core.recipe import Recipe, Target
 from bevel.core.steps import FinetuneStep, PruneStep
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from bevel.pipeline.within import Timing
     from bevel.pruning.plan import PruningPlan
     from bevel.pruning.verify import Proof
@@ -255,7 +253,7 @@ def _prune_and_save(
 
     example = network.example()
     # Training images are for int8; without a recipe none: its times do not depend on the ranges.
-    held_out, images = _images(source, network.net) if source is not None else (None, tuple)
+    held_out, images = _images(source, network) if source is not None else (None, tuple)
     plan, timing = plan_step(
         network.net,
         example,
@@ -403,14 +401,8 @@ def finetune(
         network = networks.open_network(str(file), factory=factory)
         if network.plan is None:
             raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
-        data = networks.fitting_data(source, network.net)
-        teacher = None
-        if settings.distill is not None and source.model.head == "new":
-            raise RecipeError("the original's new head is trained in a run only: use bevel run")
-        if settings.distill is not None:
-            teacher = bevel.build_model(
-                source.model.name, source.model.arguments, source.model.checkpoint
-            )
+        data = networks.fitting_data(source, network)
+        teacher = _teacher(source, settings, shown=data.input_shape[1:])
         trained = bevel.finetune(network.net, data, settings, seed=source.seed, teacher=teacher)
         bevel.save_pruned(
             trained.net,
@@ -439,9 +431,24 @@ def _finetune_settings(source: Recipe, epochs: int | None, lr: float | None) -> 
     return steps[-1].model_copy(update={k: v for k, v in given.items() if v is not None})
 
 
-def _images(source: Recipe, net: nn.Module) -> tuple[Any, Callable[[], Iterable[Any]]]:
+def _teacher(source: Recipe, settings: FinetuneStep, *, shown: tuple[int, int]) -> Any:
+    """The recipe's original, if the network learns from it; `shown` is the images' (H, W)."""
+    from bevel.finetuning.distill import teacher_of
+    from bevel.models import build
+
+    if settings.distill is None:
+        return None
+    if source.model.head == "new":
+        raise RecipeError("the original's new head is trained in a run only: use bevel run")
+    original = build(source.model.name, source.model.arguments, source.model.checkpoint)
+    size = source.data.size
+    known = (size, size) if size is not None else shown
+    return teacher_of(original, settings, known=known, shown=shown)
+
+
+def _images(source: Recipe, network: networks.Network) -> tuple[Any, Callable[[], Iterable[Any]]]:
     """Labelled held-out images for what measures, and what gives training images."""
-    data, limit = networks.fitting_data(source, net), source.calibration.images
+    data, limit = networks.fitting_data(source, network), source.calibration.images
     return data.batches("validation", limit=limit), partial(data.batches, "train", limit=limit)
 
 

@@ -241,16 +241,18 @@ def read_recipe(
     )
 
 
-def fitting_data(source: Recipe, net: nn.Module) -> Data:
+def fitting_data(source: Recipe, network: Network) -> Data:
     """The recipe's data, checked against the network before anything is computed.
+
+    What was pruned after a resize step gets images of its own size.
 
     Raises:
         BevelError: the data cannot be read, or the network does not fit it.
     """
     from bevel.data import check_classes, load
 
-    data = load(source.data, seed=source.seed)
-    check_classes(net, data)
+    data = load(source.data_for(network.input_shape[-1]), seed=source.seed)
+    check_classes(network.net, data)
     return data
 
 

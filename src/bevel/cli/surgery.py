@@ -120,7 +120,7 @@ def _operate(
 
     example, images = network.example(), []
     if source is not None:
-        data = networks.fitting_data(source, network.net)
+        data = networks.fitting_data(source, network)
         limit = source.calibration.images
         images = [batch for batch, _ in data.batches("train", limit=limit)]
         example = images[0][:2]

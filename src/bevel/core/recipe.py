@@ -235,6 +235,11 @@ class Recipe(Section):
         resizes = [step.resize for step in self.steps if step.resize is not None]
         return self.data.at(resizes[-1].size) if resizes else self.data
 
+    def data_for(self, width: int | str) -> DataSection:
+        """The images as a network sees them whose input is so wide: a resize step's, or `data`."""
+        resizes = [step.resize.size for step in self.steps if step.resize is not None]
+        return next((self.data.at(s) for s in resizes if s == width != self.data.size), self.data)
+
     @model_validator(mode="after")
     def original_to_learn_from(self) -> Recipe:
         """Only a finetune step has an original to learn from."""

@@ -9,7 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bevel.core.steps import TrainStep
+
 Size = tuple[int, int]
+
+
+def teacher_of(
+    original: nn.Module, settings: TrainStep, *, known: Size, shown: Size
+) -> nn.Module | None:
+    """Whom a network learns from: the original, on images of the size that it knows.
+
+    Where their feature maps are compared, it sees those that the network sees, so that they match.
+
+    Args:
+        original: the network before it was compressed.
+        settings: whether the network learns from it at all, and what.
+        known: (H, W) of the images that the original was trained with.
+        shown: (H, W) of those that the network is trained with now.
+    """
+    if settings.distill is None:
+        return None
+    if known == shown or settings.distill.features > 0:
+        return original
+    return seeing(original, known)
 
 
 def seeing(teacher: nn.Module, size: Size) -> nn.Module:

@@ -31,7 +31,7 @@ from bevel.data import Data, check_classes
 from bevel.data import load as load_data
 from bevel.data.metrics import evaluate
 from bevel.devices import split_address
-from bevel.finetuning.distill import seeing
+from bevel.finetuning.distill import teacher_of
 from bevel.finetuning.train import finetune
 from bevel.graph.couplings import analyze
 from bevel.models import build
@@ -363,16 +363,8 @@ class Flow:
 
 
 def _teacher(original: Model, model: Model, settings: TrainStep) -> nn.Module | None:
-    """Whom a network learns from: the original, on images of the size that it knows.
-
-    Where their feature maps are compared, it sees those that the network sees, so that they match.
-    """
-    if settings.distill is None:
-        return None
-    channels, height, width = original.data.input_shape
-    if model.data.input_shape == (channels, height, width) or settings.distill.features > 0:
-        return original.net
-    return seeing(original.net, (height, width))
+    known, shown = original.data.input_shape, model.data.input_shape
+    return teacher_of(original.net, settings, known=known[1:], shown=shown[1:])
 
 
 def check_names(recipe: Recipe) -> None:
