@@ -5,8 +5,8 @@
 
 The base is what the recipe's first step trains; --work keeps it and every finished training, so the
 same command goes on where it was. Torch-Pruning (GroupMagnitudeImportance, p=2, global, the ratio
-found by bisection) comes first, and bevel (l2, what a prune step does otherwise by default) gets
-what that has left of the MACs as its budget. Both round widths to the same number. Then both are
+found by bisection) comes first, and bevel (by default as a prune step with criterion l2) gets what
+that has left of the MACs as its budget. Both round widths to the same number. Then both are
 fine-tuned by bevel's loop. Test images are looked at once, at the end, through the exported files.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bevel
 from bevel.core.files import write_json
 from bevel.core.recipe import Recipe, load
-from bevel.core.steps import FinetuneStep, PruneStep
+from bevel.core.steps import Budget, FinetuneStep, PruneStep
 from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune
@@ -89,14 +88,13 @@ def _names(net: nn.Module, modules: list[nn.Module]) -> list[str]:
     return [name for name, module in net.named_modules() if module in modules]
 
 
-def ours(
-    net: nn.Module, example: torch.Tensor, budget: dict[str, float], align: int, data: Data
-) -> nn.Module:
+def ours(net: nn.Module, example: torch.Tensor, step: PruneStep, data: Data) -> nn.Module:
     """What a prune step of bevel leaves: planned, removed, the rest of each layer fitted again."""
-    defaults = PruneStep(budget=budget)
+    assert step.budget is not None and isinstance(step.align, int)  # noqa: S101
     images = [batch for batch, _ in data.batches("train", limit=512)]
     plan = bevel.plan_pruning(
-        net, example, criterion="l2", allocate=defaults.allocate, budget=budget, align=align,
+        net, example, criterion=step.criterion, allocate=step.allocate,
+        budget=step.budget.limits(), align=step.align,
         calibration=data.batches("validation", limit=512),
     )  # fmt: skip
     pruned = bevel.prune(net, plan)
@@ -116,8 +114,8 @@ def trained(
 
 def measured(
     nets: dict[str, nn.Module], base: nn.Module, example: torch.Tensor, data: Data
-) -> list[dict[str, Any]]:
-    """Every network as ONNX Runtime runs it, float32 and int8, all timed in turn."""
+) -> dict[str, Any]:
+    """Every network as ONNX Runtime runs it, float32 and int8, all timed in turn, and on what."""
     images = [batch for batch, _ in data.batches("train", limit=512)]
     subjects = []
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +127,8 @@ def measured(
                 )  # fmt: skip
                 subjects.append(Subject(label, artifact, net))
         found = measure_all(subjects, batches=data.batches("test"))
-    return [
+    device = found[0].device
+    rows = [
         {
             "network": m.label,
             "precision": m.artifact.precision,
@@ -139,6 +138,7 @@ def measured(
         }
         for m in found
     ]
+    return {"machine": device.model_dump(mode="json"), "files": rows}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--share", type=float, default=0.5, help="of the MACs that may be left")
     parser.add_argument("--align", type=int, default=4)
+    parser.add_argument("--criterion", default="l2", help="bevel's")
+    parser.add_argument("--allocate", default="global", help="bevel's")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, default=3)
@@ -199,13 +201,20 @@ def main() -> None:
     whole = macs(base, example), sum(p.numel() for p in base.parameters())
     pruned = {"torch-pruning": peer(base, example, given.share, given.align)}
     left = macs(pruned["torch-pruning"], example) / whole[0]
-    pruned["bevel"] = ours(base, example, {"macs": left}, given.align, data)
+    step = PruneStep(
+        criterion=given.criterion,
+        allocate=given.allocate,
+        budget=Budget(macs=left),
+        align=given.align,
+    )
+    pruned["bevel"] = ours(base, example, step, data)
     record: dict[str, Any] = {
         "recipe": given.recipe.name,
         "align": given.align,
+        "criterion": given.criterion,
+        "allocate": given.allocate,
         "epochs": given.epochs,
         "lr": given.lr,
-        "machine": platform.processor() or platform.machine(),
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "pruned": {},
     }
@@ -226,7 +235,7 @@ def main() -> None:
         for seed in range(given.seeds)
         for tool in TOOLS
     }
-    record["files"] = measured(nets, base, example, data)
+    record |= measured(nets, base, example, data)
     record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(given.out, record)
     print(json.dumps(record["pruned"], indent=1))

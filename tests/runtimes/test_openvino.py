@@ -222,3 +222,41 @@ def test_sessions_leave_a_signal_stack_that_is_mapped(tmp_path, quantizer):
     assert stack.start is None or any(
         int(start, 16) <= stack.start < int(end, 16) for start, end in mapped
     )
+
+
+class Ghost(nn.Module):
+    """Cheap channels beside dear ones, cut to a number that is all of them, as GhostNet does."""
+
+    def __init__(self, kept: int = 16, *, last: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.cheap = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.reader = nn.Conv2d(kept, 4, 1)
+        self.kept, self.last = kept, last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = torch.cat([x, self.cheap(x)], 1)[:, : self.kept]
+        return x if self.last else self.reader(x).mean((2, 3))
+
+
+def slices(program):
+    return program.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+
+
+@pytest.mark.parametrize(("net", "left"), [(Ghost(), 0), (Ghost(12), 1), (Ghost(last=True), 1)])
+def test_slices_that_take_everything_are_no_part_of_a_program(net, left):
+    """But where one is the output, whose name the program's signature holds."""
+    program = export_program(net.eval(), (images(2, 0),))
+    assert len(slices(program)) == left
+    assert torch.equal(program.module()(images(5, 1)), net(images(5, 1)))
+
+
+def test_int8_after_a_cat_of_which_everything_is_taken(tmp_path):
+    """OpenVINO 2026.4.1 ended with a segmentation fault on it."""
+    torch.manual_seed(0)
+    net = Ghost().eval()
+    found = run(export(net, tmp_path / "ghost.zip"), images(8, 1).numpy())
+    with torch.no_grad():
+        expected = net(images(8, 1)).numpy()
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()

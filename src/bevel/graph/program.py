@@ -39,19 +39,37 @@ def export_program(
                     shapes = tuple({0: Dim.DYNAMIC} for _ in several)
                     program = torch.export.export(net, several, dynamic_shapes=shapes)
                 if _keeps_batch(program):
-                    return program
+                    return _without_whole_slices(program)
                 note("the batch size is fixed at 1: an output does not have one row per image")
             except FORWARD_FAULTS as error:
                 note(f"the batch size is fixed at 1: {one_line(error, 120)}")
         try:
             with quiet():
-                return torch.export.export(net, tuple(tensor[:1] for tensor in example_inputs))
+                program = torch.export.export(net, tuple(tensor[:1] for tensor in example_inputs))
+            return _without_whole_slices(program)
         except FORWARD_FAULTS as error:
             raise ExportError(
                 f"torch.export refuses the network: {one_line(error, 200)}. Rewrite what depends "
                 "on tensor values in its forward (if x.sum() > 0, .item(), int(tensor)) by tensor "
                 "operations such as torch.where"
             ) from error
+
+
+def _without_whole_slices(program: ExportedProgram) -> ExportedProgram:
+    """The same program; slices that take everything are gone from it.
+
+    `x[:, :n]` of n channels leaves one along an open batch. Each would be rounded to int8 once more
+    for nothing, and OpenVINO 2026.4 ends with a segmentation fault where one follows a cat.
+    """
+    graph = program.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
+        source = node.args[0]
+        sizes = [str(tensor.meta["val"].shape) for tensor in (node, source)]
+        if sizes[0] == sizes[1] and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def fixed_batch(program: ExportedProgram) -> int | None:
