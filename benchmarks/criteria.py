@@ -91,9 +91,9 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"`{report['command']}`, {report['date']}, {report['machine']}, torch {report['torch']}. "
         f"ResNet-56 ({report['weights']}), {report['groups']} prunable groups, {IMAGES} images "
-        f"({report['images']}). Seconds on the clock, and in brackets those of the processor: "
-        f"other work ran on the machine (load {load} on {report['cores']} cores), so the clock "
-        "shows more than a machine of its own would.",
+        f"({report['images']}). Seconds on the clock, and in brackets those of the processor; "
+        "where other work runs, the clock shows more than a machine of its own would (load, this "
+        f"script's own included: {load} on {report['cores']} cores).",
         "",
         "| criterion | formula | needs | comparable | " + " | ".join(heads) + " | paper |",
         "| --- | --- | --- | --- |" + " ---: |" * len(heads) + " --- |",
