@@ -232,13 +232,17 @@ class Recipe(Section):
     @property
     def compressed_data(self) -> DataSection:
         """The images as the compressed network sees them, after all resize steps."""
-        resizes = [step.resize for step in self.steps if step.resize is not None]
-        return self.data.at(resizes[-1].size) if resizes else self.data
+        sizes = self._resized()
+        return self.data.at(sizes[-1]) if sizes else self.data
 
     def data_for(self, width: int | str) -> DataSection:
         """The images as a network sees them whose input is so wide: a resize step's, or `data`."""
-        resizes = [step.resize.size for step in self.steps if step.resize is not None]
-        return next((self.data.at(s) for s in resizes if s == width != self.data.size), self.data)
+        known = width == self.data.size or width not in self._resized()
+        return self.data if known else self.data.at(int(width))
+
+    def _resized(self) -> list[int]:
+        """The sizes of the resize steps, in order."""
+        return [step.resize.size for step in self.steps if step.resize is not None]
 
     @model_validator(mode="after")
     def original_to_learn_from(self) -> Recipe:

@@ -29,6 +29,14 @@ def export_program(
     Raises:
         ExportError: torch.export refuses the network; the reason, shortened.
     """
+    program = _traced(net, example_inputs, dynamic=dynamic)
+    _drop_whole_slices(program)
+    return program
+
+
+def _traced(
+    net: nn.Module, example_inputs: tuple[Tensor, ...], *, dynamic: bool
+) -> ExportedProgram:
     # A traced network has its mode built in, and refuses to be asked for another.
     traced = isinstance(net, torch.fx.GraphModule)
     with nullcontext() if traced else evaluating(net), torch.no_grad():
@@ -39,14 +47,13 @@ def export_program(
                     shapes = tuple({0: Dim.DYNAMIC} for _ in several)
                     program = torch.export.export(net, several, dynamic_shapes=shapes)
                 if _keeps_batch(program):
-                    return _without_whole_slices(program)
+                    return program
                 note("the batch size is fixed at 1: an output does not have one row per image")
             except FORWARD_FAULTS as error:
                 note(f"the batch size is fixed at 1: {one_line(error, 120)}")
         try:
             with quiet():
-                program = torch.export.export(net, tuple(tensor[:1] for tensor in example_inputs))
-            return _without_whole_slices(program)
+                return torch.export.export(net, tuple(tensor[:1] for tensor in example_inputs))
         except FORWARD_FAULTS as error:
             raise ExportError(
                 f"torch.export refuses the network: {one_line(error, 200)}. Rewrite what depends "
@@ -55,8 +62,8 @@ def export_program(
             ) from error
 
 
-def _without_whole_slices(program: ExportedProgram) -> ExportedProgram:
-    """The same program; slices that take everything are gone from it.
+def _drop_whole_slices(program: ExportedProgram) -> None:
+    """Remove slices that take everything.
 
     `x[:, :n]` of n channels leaves one along an open batch. Each would be rounded to int8 once more
     for nothing, and OpenVINO 2026.4 ends with a segmentation fault where one follows a cat.
@@ -69,7 +76,6 @@ def _without_whole_slices(program: ExportedProgram) -> ExportedProgram:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     program.graph_module.recompile()
-    return program
 
 
 def fixed_batch(program: ExportedProgram) -> int | None:

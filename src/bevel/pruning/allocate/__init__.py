@@ -32,6 +32,11 @@ REASONS = 3
 """An error says of no more than this many groups why they stay whole."""
 
 
+def thinned(count: int, most: int) -> np.ndarray:
+    """Positions of no more than `most` of `count` things, evenly spread, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
 @dataclass(frozen=True, eq=False)
 class RankedGroup:
     """A prunable group with its rows in the order they would go.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bevel.pruning.allocate import Problem, RankedGroup
+from bevel.pruning.allocate import Problem, RankedGroup, thinned
 
 NEEDS_CALIBRATION = False
 
@@ -65,7 +65,7 @@ def _prices(problem: Problem, place: int) -> np.ndarray:
 def _saved(problem: Problem, place: int) -> np.ndarray:
     """What a group saves at each of its widths, (levels,), summed over the limits."""
     levels = problem.groups[place].levels
-    probed = np.unique(np.linspace(0, len(levels) - 1, WIDTHS).round().astype(int))
+    probed = thinned(len(levels), WIDTHS)
     kept = problem.all_kept()
     found = []
     for level in levels[probed]:

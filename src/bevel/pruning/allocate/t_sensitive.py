@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from bevel.core.errors import PruningError
-from bevel.pruning.allocate import PROBES, Problem, RankedGroup
+from bevel.pruning.allocate import PROBES, Problem, RankedGroup, thinned
 
 NEEDS_CALIBRATION = True
 
@@ -85,7 +85,4 @@ def _thresholds(maps: Mapping[int, Worst]) -> list[float]:
 def _probed(group: RankedGroup) -> np.ndarray:
     """The widths to measure: all allowed ones below the full width, thinned evenly."""
     levels = group.levels[1:]
-    if len(levels) <= PROBES:
-        return levels
-    thinned: np.ndarray = np.unique(np.linspace(0, len(levels) - 1, PROBES).round().astype(int))
-    return np.asarray(levels[thinned])
+    return np.asarray(levels[thinned(len(levels), PROBES)])
