@@ -77,6 +77,22 @@ def test_the_recorded_execution_is_reused_and_resumes_exactly(tmp_path, dtype, m
     assert whole.net.conv.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"momentum": 0.0}, {}])
+def test_the_optimizer_goes_on_where_it_was(tmp_path, settings):
+    class Interrupted(TinyData):
+        def train_batches(self, *, seed, epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            return super().train_batches(seed=seed, epoch=epoch)
+
+    step = TrainStep(epochs=4, precision="float32", compile="never", **settings)
+    whole = finetune(tiny_net(), TinyData(), step)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_net(), Interrupted(), step, folder=tmp_path)
+    resumed = finetune(tiny_net(), TinyData(), step, folder=tmp_path)
+    assert digest(resumed.net) == digest(whole.net) != digest(tiny_net())
+
+
 def test_a_folder_of_another_training_is_refused(tmp_path, data, net):
     finetune(net, data, TrainStep(epochs=1), folder=tmp_path)
     with pytest.raises(RunFolderError, match=r"another training \(different settings\)"):

@@ -9,9 +9,10 @@ from tiny_training import TinyData, tiny_net
 from torch import nn
 
 from bevel.core.errors import ModelError, TrainingError
-from bevel.core.steps import TrainStep
+from bevel.core.steps import ADAMW_LR, FinetuneStep, TrainStep
+from bevel.data.metrics import evaluate
 from bevel.finetuning import finetune
-from bevel.finetuning.optimizer import averaged, learning_rate, sgd
+from bevel.finetuning.optimizer import averaged, learning_rate, optimizer
 from bevel.finetuning.state import digest
 from bevel.finetuning.unfreezing import stages
 from bevel.models.fading import Fading
@@ -165,10 +166,36 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_weight_decay_spares_norms_and_biases():
     net = tiny_net()
-    groups = sgd(net, TrainStep(epochs=1, weight_decay=0.1)).param_groups
+    groups = optimizer(net, TrainStep(epochs=1, weight_decay=0.1)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(net.conv.weight), id(net.linear.weight)}
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+
+
+def test_adamw_has_a_rate_of_its_own_and_betas_of_the_step():
+    step = TrainStep(epochs=1, optimizer="adamw", momentum=0.8, weight_decay=0.05)
+    assert step.lr == ADAMW_LR
+    assert FinetuneStep(epochs=1, optimizer="adamw", lr=0.02).lr == 0.02
+    assert TrainStep(epochs=1).lr == 0.1
+    found = optimizer(tiny_net(), step)
+    assert type(found) is torch.optim.AdamW
+    assert found.defaults["betas"] == (0.8, 0.999)
+    assert [group["weight_decay"] for group in found.param_groups] == [0.05, 0.0]
+
+
+def test_a_new_head_on_large_features_keeps_what_the_layers_know(data):
+    """SGD throws such a head about, and with it the network; AdamW's steps do not grow with it."""
+    net = finetune(tiny_net(), data, TrainStep(epochs=6, lr=0.05)).net
+    with torch.no_grad():  # the same function, but its head reads larger features
+        net.norm.weight *= 30
+        net.norm.bias *= 30
+        net.linear.weight /= 30
+    known = evaluate(net, data.batches("validation")).loss
+    shaken = finetune(net, data, TrainStep(epochs=1, lr=0.02, warmup_epochs=0)).history[0]["loss"]
+    gentle = TrainStep(epochs=1, optimizer="adamw", warmup_epochs=0)
+    kept = finetune(net, data, gentle).history[0]["loss"]
+    assert kept < 1.5 * known + 0.05
+    assert shaken > 2 * kept
 
 
 def test_the_average_follows_weights_and_buffers():

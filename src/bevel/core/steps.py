@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -34,12 +34,22 @@ class Distill(Section):
     )
 
 
+ADAMW_LR = 0.0005
+"""Peak learning rate of AdamW where a step names none: those of SGD are far too large for it."""
+
+
 class TrainStep(Section):
-    """Train with SGD, momentum, linear warm-up and cosine decay."""
+    """Train with linear warm-up and cosine decay."""
 
     epochs: int = Field(ge=1)
     lr: float = Field(default=0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adamw"] = Field(
+        default="sgd",
+        description="sgd: with Nesterov momentum; adamw: steps that do not depend on the size of "
+        "the gradients, for transformers, and for a new head, which large features make SGD throw "
+        f"about; its lr is {ADAMW_LR} unless set, and its weight_decay wants 0.01 or more",
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of adamw: its first beta")
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup_epochs: float = Field(default=0.5, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -68,6 +78,14 @@ class TrainStep(Section):
         description="after progressive surgery: share of the steps in which activation functions "
         "turn into ReLU",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def rate_of_the_optimizer(cls, values: Any) -> Any:
+        """AdamW has its own learning rate where none is written."""
+        if isinstance(values, dict) and values.get("optimizer") == "adamw":
+            return {"lr": ADAMW_LR} | values
+        return values
 
 
 class FinetuneStep(TrainStep):

@@ -1,4 +1,4 @@
-"""What moves the weights: SGD with Nesterov momentum, its schedule, and averaged weights."""
+"""What moves the weights: SGD or AdamW, the schedule of their steps, and averaged weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from bevel.core.steps import TrainStep
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def sgd(net: nn.Module, settings: TrainStep) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients.
+SECOND_BETA = 0.999
+"""Decay of AdamW's mean of the squared gradients (Loshchilov and Hutter, 2019)."""
+
+
+def optimizer(net: nn.Module, settings: TrainStep) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW, over the parameters that require gradients.
 
     Weight decay applies to weights with two or more axes (convolutions and linear layers) and not
     to biases and normalisation parameters: decaying those changes the function without
@@ -40,8 +44,12 @@ def sgd(net: nn.Module, settings: TrainStep) -> torch.optim.SGD:
             "weight_decay": 0.0,
         },
     ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        betas = (settings.momentum, SECOND_BETA)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, foreach=True)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        groups,
         lr=settings.lr,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,

@@ -1,8 +1,8 @@
 """What a training leaves after every epoch, so that a killed one continues bit for bit.
 
-One safetensors file holds everything: weights, buffers, momentum, averaged weights and random
-state as tensors, the epoch and its numbers as JSON in the file's metadata. It is replaced
-atomically, so it always belongs to one finished epoch. Nothing is pickled.
+One safetensors file holds everything: weights, buffers, the optimizer's state, averaged weights
+and random state as tensors, the epoch and its numbers as JSON in the file's metadata. It is
+replaced atomically, so it always belongs to one finished epoch. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class EpochStore:
         """Replace the state of the last epoch."""
         tensors = {f"net/{name}": tensor for name, tensor in tensors_of(net).items()}
         for name, parameter in net.named_parameters():
-            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum/{name}"] = momentum
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{name}"] = value
         if average is not None:
             tensors |= {f"average/{name}": value for name, value in tensors_of(average).items()}
         tensors |= {f"random/{name}": state for name, state in _random_state().items()}
@@ -123,10 +123,12 @@ class EpochStore:
                 tensor.copy_(tensors[f"net/{name}"])
             for name, tensor in tensors_of(average).items() if average is not None else ():
                 tensor.copy_(tensors[f"average/{name}"])
-            for name, parameter in net.named_parameters():
-                if f"momentum/{name}" in tensors:
-                    momentum = torch.empty_like(parameter).copy_(tensors[f"momentum/{name}"])
-                    optimizer.state[parameter]["momentum_buffer"] = momentum
+        parameters = dict(net.named_parameters())
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                key, _, owner = rest.partition("/")
+                optimizer.state[parameters[owner]][key] = _like(parameters[owner], tensor)
         _restore_random_state(tensors)
         return progress
 
@@ -157,6 +159,16 @@ class EpochStore:
             f"cannot write {path}: {one_line(error, 120)}; "
             "free the disk or choose another output folder"
         )
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of a part of an optimizer's state, laid out as its parameter if it has its shape.
+
+    A counter of steps stays on the processor, where the optimizers want it.
+    """
+    if value.shape != parameter.shape or not value.ndim:
+        return value.clone()
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _random_state() -> dict[str, Tensor]:

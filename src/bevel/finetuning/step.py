@@ -14,7 +14,7 @@ from bevel.core.errors import ModelError
 from bevel.core.steps import TrainStep
 from bevel.finetuning.distill import combined_loss
 from bevel.finetuning.features import feature_loss, feature_maps
-from bevel.finetuning.optimizer import sgd
+from bevel.finetuning.optimizer import optimizer
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -58,7 +58,7 @@ class Stepper:
         self.teacher = None if teacher is None or settings.distill is None else self._place(teacher)
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
-        self.optimizer: Any = sgd(self.net, settings)
+        self.optimizer: Any = optimizer(self.net, settings)
         self.forward: Callable[[Tensor], Any] = self.net
         self.backward: Callable[[Tensor], None] = torch.Tensor.backward
         self._compiled: Callable[[Tensor], Any] | None = None
