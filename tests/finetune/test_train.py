@@ -183,19 +183,18 @@ def test_adamw_has_a_rate_of_its_own_and_betas_of_the_step():
     assert [group["weight_decay"] for group in found.param_groups] == [0.05, 0.0]
 
 
-def test_a_new_head_on_large_features_keeps_what_the_layers_know(data):
-    """SGD throws such a head about, and with it the network; AdamW's steps do not grow with it."""
-    net = finetune(tiny_net(), data, TrainStep(epochs=6, lr=0.05)).net
+def test_large_features_throw_a_head_about_with_sgd_and_not_with_adamw(data):
+    net = finetune(tiny_net(), data, TrainStep(epochs=2, lr=0.02)).net
     with torch.no_grad():  # the same function, but its head reads larger features
-        net.norm.weight *= 30
-        net.norm.bias *= 30
-        net.linear.weight /= 30
+        net.norm.weight *= 100
+        net.norm.bias *= 100
+        net.linear.weight /= 100
     known = evaluate(net, data.batches("validation")).loss
-    shaken = finetune(net, data, TrainStep(epochs=1, lr=0.02, warmup_epochs=0)).history[0]["loss"]
-    gentle = TrainStep(epochs=1, optimizer="adamw", warmup_epochs=0)
-    kept = finetune(net, data, gentle).history[0]["loss"]
-    assert kept < 1.5 * known + 0.05
-    assert shaken > 2 * kept
+    assert 0.2 < known < 0.5
+    shaken = finetune(net, data, FinetuneStep(epochs=1)).history[0]["loss"]
+    kept = finetune(net, data, FinetuneStep(epochs=1, optimizer="adamw")).history[0]["loss"]
+    assert kept < known / 2
+    assert shaken > 10 * known
 
 
 def test_the_average_follows_weights_and_buffers():
