@@ -19,6 +19,19 @@ from bevel.finetuning.state import EPOCH_FILE, EXECUTION_FILE, digest
 JOB = Path(__file__).with_name("training_job.py")
 
 
+class Interrupted(TinyData):
+    """Somebody stops the training as the epoch begins, counted from 0."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def train_batches(self, *, seed, epoch):
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+        return super().train_batches(seed=seed, epoch=epoch)
+
+
 def test_killed_mid_epoch_and_while_saving_ends_with_the_same_bits(tmp_path):
     done = subprocess.run(
         [sys.executable, str(JOB), str(tmp_path)],
@@ -52,14 +65,8 @@ def test_a_finished_training_is_not_repeated(tmp_path, data, net):
     [("bfloat16", "channels_last"), ("float32", "channels_last"), ("bfloat16", "contiguous")],
 )
 def test_the_recorded_execution_is_reused_and_resumes_exactly(tmp_path, dtype, memory_format):
-    class Interrupted(TinyData):
-        def train_batches(self, *, seed, epoch):
-            if epoch == 1:
-                raise KeyboardInterrupt
-            return super().train_batches(seed=seed, epoch=epoch)
-
     settings = TrainStep(epochs=3, ema=0.5)
-    for folder, source in (("whole", TinyData()), ("parts", Interrupted())):
+    for folder, source in (("whole", TinyData()), ("parts", Interrupted(1))):
         finetune(tiny_net(), TinyData(), settings, folder=tmp_path / folder)
         (tmp_path / folder / EPOCH_FILE).unlink()
         record = json.loads((tmp_path / folder / EXECUTION_FILE).read_text())
@@ -79,16 +86,10 @@ def test_the_recorded_execution_is_reused_and_resumes_exactly(tmp_path, dtype, m
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"momentum": 0.0}, {}])
 def test_the_optimizer_goes_on_where_it_was(tmp_path, settings):
-    class Interrupted(TinyData):
-        def train_batches(self, *, seed, epoch):
-            if epoch == 2:
-                raise KeyboardInterrupt
-            return super().train_batches(seed=seed, epoch=epoch)
-
     step = TrainStep(epochs=4, precision="float32", compile="never", **settings)
     whole = finetune(tiny_net(), TinyData(), step)
     with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_net(), Interrupted(), step, folder=tmp_path)
+        finetune(tiny_net(), Interrupted(2), step, folder=tmp_path)
     resumed = finetune(tiny_net(), TinyData(), step, folder=tmp_path)
     assert digest(resumed.net) == digest(whole.net) != digest(tiny_net())
 

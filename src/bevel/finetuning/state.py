@@ -123,12 +123,15 @@ class EpochStore:
                 tensor.copy_(tensors[f"net/{name}"])
             for name, tensor in tensors_of(average).items() if average is not None else ():
                 tensor.copy_(tensors[f"average/{name}"])
-        parameters = dict(net.named_parameters())
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                key, _, owner = rest.partition("/")
-                optimizer.state[parameters[owner]][key] = _like(parameters[owner], tensor)
+            parameters = dict(net.named_parameters())
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition("/")
+                if kind == "optimizer":
+                    key, _, owner = rest.partition("/")
+                    parameter = parameters[owner]
+                    if key != "step":  # a count, which stays on the processor
+                        tensor = torch.empty_like(parameter).copy_(tensor)
+                    optimizer.state[parameter][key] = tensor
         _restore_random_state(tensors)
         return progress
 
@@ -159,16 +162,6 @@ class EpochStore:
             f"cannot write {path}: {one_line(error, 120)}; "
             "free the disk or choose another output folder"
         )
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy of a part of an optimizer's state, laid out as its parameter if it has its shape.
-
-    A counter of steps stays on the processor, where the optimizers want it.
-    """
-    if value.shape != parameter.shape or not value.ndim:
-        return value.clone()
-    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _random_state() -> dict[str, Tensor]:
