@@ -19,9 +19,10 @@ from bevel.core.records import Cost
 from bevel.graph.cost import Term, Total
 from bevel.graph.grouping import Axis, ChannelGroup, Grouping
 from bevel.graph.hardwired import PassChangedError, follow_sizes
+from bevel.graph.layers import Extent
 from bevel.graph.lifetimes import Buffer, buffers
 from bevel.graph.ops import FRAME_HANDLERS, handler
-from bevel.graph.propagate import Extent, Mark, Propagation, propagate
+from bevel.graph.propagate import Mark, Propagation, propagate
 from bevel.graph.record import ExampleInputs, batch_size, record
 
 __all__ = ["Analysis", "Axis", "AxisReport", "ChannelGroup", "SizeAttribute", "analyze"]
@@ -197,11 +198,9 @@ def analyze(
 def _activation(state: Propagation, grouping: Grouping, buffer: Buffer, batch: int) -> Activation:
     value = buffer.value
     factor, lengths = math.prod(value.shape) / batch, []
-    for dim in range(len(value.shape)):
-        extents = state.extents(state.layers.get(value.index, []), dim)
-        if extents:
-            factor /= extents[0].ids.size
-            lengths.append(grouping.length(extents[0]))
+    for _, (extent, *_others) in state.shrinking(value):
+        factor /= extent.ids.size
+        lengths.append(grouping.length(extent))
     return Activation(Term("", factor, tuple(lengths)), value.dtype, buffer.first, buffer.last)
 
 

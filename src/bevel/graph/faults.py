@@ -11,8 +11,7 @@ from types import FrameType
 import numpy as np
 import torch
 
-from bevel.graph.layers import Layer
-from bevel.graph.propagate import Extent
+from bevel.graph.layers import Extent, Layer
 
 
 class Kind(Enum):

@@ -15,7 +15,8 @@ import numpy as np
 
 from bevel.graph.components import merged
 from bevel.graph.cost import Length
-from bevel.graph.propagate import Blocks, Extent, Mark, Propagation
+from bevel.graph.layers import Extent
+from bevel.graph.propagate import Blocks, Mark, Propagation
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class Grouping:
         self._freeze_blocks()
         self._inexact = self._marked(state.inexact)
         self._lengths: dict[tuple[Any, ...], Length] = {}
+        self._of_extent: dict[Extent, Length] = {}
         self._group_of, self._position, self.groups = self._collect()
 
     # -- nodes ----------------------------------------------------------------------------
@@ -351,11 +353,14 @@ class Grouping:
 
     def length(self, extent: Extent) -> Length:
         """An extent in terms of the groups; the blocks of a grouped axis share one length."""
-        ids = extent.ids
-        key = (ids.ctypes.data, ids.shape, ids.strides, extent.level)  # many extents are one view
-        if key not in self._lengths:
-            self._lengths[key] = self._length(extent)
-        return self._lengths[key]
+        known = self._of_extent.get(extent)
+        if known is None:
+            ids = extent.ids
+            key = (ids.ctypes.data, ids.shape, ids.strides, extent.level)  # many are one view
+            if key not in self._lengths:
+                self._lengths[key] = self._length(extent)
+            known = self._of_extent[extent] = self._lengths[key]
+        return known
 
     def _length(self, extent: Extent) -> Length:
         flat = extent.ids.reshape(-1)

@@ -17,8 +17,9 @@ from torch import nn
 from bevel.graph.attributes import integers
 from bevel.graph.faults import Fault, Kind, Written
 from bevel.graph.grouping import Grouping
+from bevel.graph.layers import Extent
 from bevel.graph.prediction import Prediction
-from bevel.graph.propagate import Extent, Mark, Propagation, SizeSite
+from bevel.graph.propagate import Mark, Propagation, SizeSite
 from bevel.graph.record import ExampleInputs, Recording
 from bevel.graph.rehearse import rehearse
 from bevel.graph.stage import Stage

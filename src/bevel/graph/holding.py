@@ -5,31 +5,43 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
 _CONTAINERS = {list, deque, set, dict, OrderedDict, defaultdict}
 
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs")))
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs")))
 
 
-@contextmanager
-def holding(net: nn.Module) -> Iterator[None]:
-    """Afterwards every module holds the attributes that it held before, contents included.
+class Held:
+    """The attributes that every module of a network holds now, contents included.
 
-    Lists, dicts, sets and queues are put back one level deep; the elements of tensors are not.
+    Lists, dicts, sets and queues are kept one level deep; the elements of tensors are not.
     """
-    saved = [_Saved(module) for module in net.modules()]
-    try:
-        yield
-    finally:
-        for state in saved:
-            state.restore()
+
+    def __init__(self, net: nn.Module) -> None:
+        self._modules = [_Saved(module) for module in net.modules()]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Afterwards every module holds them again."""
+        try:
+            yield
+        finally:
+            for saved in self._modules:
+                saved.restore()
+
+
+def holding(net: nn.Module) -> AbstractContextManager[None]:
+    """Afterwards every module holds the attributes that it holds now."""
+    return Held(net).held()
 
 
 class _Saved:
     """What a module holds."""
+
+    __slots__ = ("attributes", "contents", "module")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -46,6 +58,8 @@ class _Saved:
         attributes.clear()
         attributes.update(self.attributes)
         for container, content in self.contents:
+            if not container and not content:
+                continue
             container.clear()
             if isinstance(container, list | deque):
                 container.extend(content)

@@ -14,7 +14,9 @@ run of inner ids that can go as a whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,14 @@ def varying(ids: Tensor) -> tuple[int, ...]:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """A length as the number of ids that stay; `level` ignores the nodes that hold them."""
+
+    ids: np.ndarray
+    level: bool = False
+
+
 class Layer:
     """Ids of a tensor's shape.
 
@@ -40,11 +50,13 @@ class Layer:
             can have any length there.
     """
 
-    __slots__ = ("dim", "dims", "ids", "virtual")
+    __slots__ = ("_compact", "_extent", "dim", "dims", "ids", "virtual")
 
     def __init__(self, ids: Tensor, dim: int, *, virtual: bool = False) -> None:
         self.ids, self.dim, self.virtual = ids, dim, virtual
         self.dims = varying(ids)
+        self._compact: Tensor | None = None
+        self._extent: Extent | None = None
 
     @property
     def flat(self) -> bool:
@@ -53,11 +65,23 @@ class Layer:
 
     def compact(self) -> Tensor:
         """The ids with the constant dimensions cut to length 1."""
-        return compact(self.ids, self.dims)
+        if self._compact is None:
+            self._compact = compact(self.ids, self.dims)
+        return self._compact
 
     def vector(self) -> Tensor:
         """The ids of a flat layer, of shape (size,)."""
         return self.compact().reshape(-1)
+
+    def extent(self) -> Extent:
+        """The length of `dim`, always the same object."""
+        if self._extent is None:
+            row = self.compact()
+            for other in self.dims:
+                if other != self.dim:
+                    row = row.narrow(other, 0, 1)
+            self._extent = Extent(row.reshape(-1).numpy(), level=not self.flat)
+        return self._extent
 
     def moved(self, ids: Tensor, dim: int) -> Layer:
         """The same layer elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -34,12 +35,12 @@ def buffers(recording: Recording) -> list[Buffer]:
     an input that nothing reads any more, as runtimes do and as fusion into the layer before does.
     """
     root = _views(recording)
-    values = {v.index: v for call in recording.calls for v in (*call.inputs(), *_outputs(call))}
+    values = {v.index: v for call in recording.calls for v in (*call.inputs, *_outputs(call))}
     end = len(recording.calls)
     last = {root[output.index]: end for output in recording.outputs if output.index in root}
     first: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
-        for value in call.inputs():
+        for value in call.inputs:
             own = root[value.index]
             first.setdefault(own, 0)  # nothing in the pass made it: an input of the network
             last[own] = max(last.get(own, 0), position)
@@ -61,15 +62,21 @@ def _views(recording: Recording) -> dict[int, int]:
     """Index of each value -> that of the value whose memory it is."""
     root: dict[int, int] = {}
     for call in recording.calls:
-        given = call.inputs()
+        given = call.inputs
         for value in given:
             root.setdefault(value.index, value.index)
-        returns = call.function._schema.returns
-        views = call.name in VIEWS or any(r.alias_info is not None for r in returns)
+        views = bool(given) and _is_view(call.function)
         for value in _outputs(call):
-            own = root[given[0].index] if views and given else value.index
+            own = root[given[0].index] if views else value.index
             root.setdefault(value.index, own)
     return root
+
+
+@cache
+def _is_view(function: torch._ops.OpOverload) -> bool:
+    """Whether an operator's outputs are the memory of its first input."""
+    returns = function._schema.returns
+    return str(function.overloadpacket) in VIEWS or any(r.alias_info is not None for r in returns)
 
 
 def _in_place(
@@ -77,7 +84,7 @@ def _in_place(
 ) -> dict[int, int]:
     """The last call of each memory, once outputs have taken the place of inputs."""
     held, place = dict(last), {own: own for own in root.values()}
-    sizes = {v.index: v for call in recording.calls for v in (*call.inputs(), *_outputs(call))}
+    sizes = {v.index: v for call in recording.calls for v in (*call.inputs, *_outputs(call))}
     for position, call in enumerate(recording.calls):
         if call.name not in IN_PLACE and torch.Tag.pointwise not in call.function.tags:
             continue
@@ -85,7 +92,7 @@ def _in_place(
         if output is None or root[output.index] not in held:
             continue
         own = root[output.index]
-        for value in call.inputs():
+        for value in call.inputs:
             taken = place[root[value.index]]
             over = value.name is None and held.get(taken) == position != end
             alike = sizes[taken].shape == output.shape and sizes[taken].dtype == output.dtype

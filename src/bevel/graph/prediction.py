@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bevel.graph.grouping import Grouping
-from bevel.graph.layers import Layer
-from bevel.graph.propagate import Extent
+from bevel.graph.layers import Extent
 from bevel.graph.record import Value
 
 
@@ -19,33 +18,36 @@ class Prediction:
         self.state = grouping.state
         self.own, self.whole = grouping.kept(dict(keep))
         self._sizes: dict[int, tuple[int, ...]] = {}
-        self._lengths: dict[tuple[int, ...], int] = {}
+        self._lengths: dict[tuple[Extent, ...], int] = {}
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """The predicted shape of a recorded tensor."""
         known = self._sizes.get(value.index)
         if known is None:
-            layers = self.state.layers.get(value.index)
-            known = self._shrunken(value.shape, layers) if layers else value.shape
-            self._sizes[value.index] = known
+            known = self._sizes[value.index] = self._shrunken(value)
         return known
 
-    def _shrunken(self, shape: tuple[int, ...], layers: Sequence[Layer]) -> tuple[int, ...]:
-        sizes = list(shape)
-        for dim in {layer.dim for layer in layers}:
-            own = [layer for layer in layers if layer.dim == dim]
-            key = tuple(map(id, own))
-            if key not in self._lengths:
-                self._lengths[key] = self.length(self.state.extents(own, dim))
-            sizes[dim] = self._lengths[key]
+    def _shrunken(self, value: Value) -> tuple[int, ...]:
+        shrinking = self.state.shrinking(value)
+        if not shrinking:
+            return value.shape
+        sizes = list(value.shape)
+        for dim, extents in shrinking:
+            sizes[dim] = self.length(extents)
         return tuple(sizes)
 
-    def length(self, extents: Sequence[Extent]) -> int:
+    def length(self, extents: tuple[Extent, ...]) -> int:
         """How many indices stay."""
+        known = self._lengths.get(extents)
+        if known is None:
+            known = self._lengths[extents] = self._counted(extents)
+        return known
+
+    def _counted(self, extents: Sequence[Extent]) -> int:
         stays = np.ones(1, dtype=bool)
         for extent in extents:
             stays = stays & (self.own if extent.level else self.whole)[extent.ids]
-        return int(stays.sum())
+        return int(np.count_nonzero(stays))
 
     def parameter(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The predicted shape of a parameter or buffer."""
@@ -53,5 +55,5 @@ class Prediction:
         for dim, ids in enumerate(self.state.axes.get(name, ())):
             if ids is not None:
                 stays = self.whole[ids]
-                sizes[dim] = int((stays[0] if ids.ndim == 2 else stays).sum())
+                sizes[dim] = int(np.count_nonzero(stays[0] if ids.ndim == 2 else stays))
         return tuple(sizes)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bevel.graph.components import Classes
-from bevel.graph.layers import FIXED, Layer, along, compact
+from bevel.graph.layers import FIXED, Extent, Layer, along, compact
 from bevel.graph.record import Call, Frame, Recording, Value
 from bevel.graph.zeros import Zeros
 
@@ -51,14 +51,6 @@ class Mark:
 
     ids: np.ndarray
     reason: str
-    level: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Extent:
-    """A length as the number of ids that stay; `level` ignores the nodes that hold them."""
-
-    ids: np.ndarray
     level: bool = False
 
 
@@ -101,6 +93,7 @@ class Propagation:
         self.expected: dict[int, list[tuple[int, Extent]]] = {}
         """Index of a call -> integers among its arguments that must follow these lengths."""
         self.position = 0
+        self._shrinking: dict[int, tuple[tuple[int, tuple[Extent, ...]], ...]] = {}
         self._same, self._together = Classes(), Classes()
         self.count = 1  # id 0 means: belongs to nothing that can be removed
 
@@ -324,15 +317,17 @@ class Propagation:
 
     def extents(self, layers: Iterable[Layer], dim: int) -> tuple[Extent, ...]:
         """The length of a dimension as numbers of ids that stay; empty if it cannot shrink."""
-        found = []
-        for layer in layers:
-            if layer.dim == dim:
-                row = layer.compact()
-                for other in layer.dims:
-                    if other != dim:
-                        row = row.narrow(other, 0, 1)
-                found.append(Extent(row.reshape(-1).numpy(), level=not layer.flat))
-        return tuple(found)
+        return tuple(layer.extent() for layer in layers if layer.dim == dim)
+
+    def shrinking(self, value: Value) -> tuple[tuple[int, tuple[Extent, ...]], ...]:
+        """The dimensions of a tensor that have layers, with their extents; after the walk only."""
+        known = self._shrinking.get(value.index)
+        if known is None:
+            layers = self.layers.get(value.index, ())
+            dims = {layer.dim for layer in layers}
+            known = tuple((dim, self.extents(layers, dim)) for dim in dims)
+            self._shrinking[value.index] = known
+        return known
 
     def cost(self, call: Call, macs: float, *lengths: Tensor | tuple[Extent, ...] | None) -> None:
         """This call costs `macs`, in proportion to each of these lengths."""

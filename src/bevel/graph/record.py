@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +39,7 @@ LARGEST_INDEX = 1 << 20
 """Integer tensors up to this many elements are kept, because they may be indices."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Value:
     """A tensor seen during the pass. `name` is set for parameters and buffers.
 
@@ -54,20 +54,24 @@ class Value:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
-    """One operator: tensors in its arguments and outputs are replaced by `Value`s."""
+    """One operator: tensors in its arguments and outputs are replaced by `Value`s.
+
+    `inputs` are all tensors among the arguments, in order.
+    """
 
     function: torch._ops.OpOverload
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
+    inputs: tuple[Value, ...]
     outputs: tuple[Any, ...]
     module: str
 
-    @cached_property
+    @property
     def name(self) -> str:
         """`aten.convolution`, without the overload."""
-        return str(self.function.overloadpacket)
+        return _operator(self.function)
 
     @property
     def place(self) -> str:
@@ -88,9 +92,10 @@ class Call:
             return self.arguments[position]
         return self.keywords.get(name, default)
 
-    def inputs(self) -> list[Value]:
-        """All tensors among the arguments, in order."""
-        return list(values_in((*self.arguments, *self.keywords.values())))
+
+@cache
+def _operator(function: torch._ops.OpOverload) -> str:
+    return str(function.overloadpacket)
 
 
 def values_in(items: Iterable[Any]) -> Iterator[Value]:
@@ -102,7 +107,7 @@ def values_in(items: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(item)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Frame:
     """A torch function that the network's own code called, and the operators it led to."""
 
@@ -188,6 +193,10 @@ READS_DATA = frozenset(
 """Functions whose Python result depends on a tensor's elements."""
 
 
+_HOLDERS = (Tensor, tuple, list, dict)
+"""Arguments that are or may hold tensors."""
+
+
 class ModuleStack:
     """The modules whose forward is running, innermost last, by name."""
 
@@ -248,8 +257,9 @@ class _Operators(TorchDispatchMode):
         if isinstance(leaf, Tensor):
             return self._known(leaf) or self._new(leaf)
         if type(leaf) in (list, tuple):
-            return type(leaf)(self.value(item) for item in leaf)
-        if not isinstance(leaf, tuple | list | dict):  # a number, a dtype, a device
+            plain = not any(isinstance(item, _HOLDERS) for item in leaf)
+            return leaf if plain else type(leaf)([self.value(item) for item in leaf])
+        if not isinstance(leaf, _HOLDERS):  # a number, a dtype, a device
             return leaf
         return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)
 
@@ -294,7 +304,8 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         arguments = tuple(self.value(argument) for argument in args)
         keywords = {key: self.value(item) for key, item in kwargs.items()}
-        known = self.earnest or (self.knows(args) and self.knows(tuple(kwargs.values())))
+        inputs = tuple(values_in((*arguments, *keywords.values()) if keywords else arguments))
+        known = self.earnest or not any(value.index in self.unknown for value in inputs)
         with torch._C.DisableTorchFunction():  # a scripted function's operators come here directly
             result = func(*args, **kwargs) if known else self._guess(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
@@ -302,7 +313,8 @@ class _Operators(TorchDispatchMode):
             for output in outputs:
                 self._forget(output)
         recorded = tuple(self.value(output) for output in outputs)
-        self.recording.calls.append(Call(func, arguments, keywords, recorded, self.modules.top))
+        call = Call(func, arguments, keywords, inputs, recorded, self.modules.top)
+        self.recording.calls.append(call)
         return result
 
     def _guess(

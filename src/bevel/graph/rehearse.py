@@ -9,6 +9,7 @@ code.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, one_line
 from bevel.core.modes import evaluating
+from bevel.graph.arguments import integers, leaves, name_of, numbers
 from bevel.graph.faults import Fault, Kind, Written, is_user, place_of, user_frame
 from bevel.graph.layers import Layer
 from bevel.graph.prediction import Prediction
-from bevel.graph.record import READS_DATA, Frame, Recording, Value, decomposed, is_frame, run
+from bevel.graph.record import (
+    READS_DATA,
+    Frame,
+    Recording,
+    Value,
+    decomposed,
+    is_frame,
+    run,
+)
 from bevel.graph.stage import Stage
 
 
@@ -64,7 +74,7 @@ class _Seen(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.calls.append((func, set(_integers((args, kwargs or {})))))
+        self.calls.append((func, set(integers((args, kwargs or {})))))
         return func(*args, **(kwargs or {}))
 
 
@@ -84,7 +94,9 @@ _FOLLOWING = frozenset(
         "scaled_dot_product_attention", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
         "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
         "adaptive_avg_pool3d", "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
-        "cat", "concat", "transpose", "permute", "unsqueeze", "roll", "flip",
+        "cat", "concat", "stack", "transpose", "permute", "unsqueeze", "flatten", "roll", "flip",
+        "normalize", "group_norm", "norm", "var", "std", "amax", "amin", "cumsum", "clamp_min",
+        "clamp_max", "addcmul", "remainder", "sin", "cos",
     }
 )  # fmt: skip
 """Functions whose result has the right shape if their arguments have it.
@@ -92,18 +104,11 @@ _FOLLOWING = frozenset(
 None of them takes a length as a number, but for `_NORMALIZED` and what handlers `expect`.
 """
 
+_RESHAPING = frozenset({"view", "reshape"})
+"""Functions whose arguments are a tensor and the sizes that it gets."""
+
 _NORMALIZED = frozenset({"layer_norm", "rms_norm"})
 """Functions whose second argument is the shape of the last dimensions of the first."""
-
-_ARITHMETIC = frozenset(
-    {
-        "mul", "div", "add", "sub", "pow", "rsub", "true_divide", "floor_divide", "__rtruediv__",
-        "__rdiv__", "__rsub__", "__rpow__", "__rmul__", "__radd__", "tensor", "full", "mul_",
-        "div_", "add_", "sub_", "as_tensor", "scalar_tensor", "__rfloordiv__",
-        "scaled_dot_product_attention",
-    }
-)  # fmt: skip
-"""Functions in which an integer is a number, not a size or a position."""
 
 
 class _Rehearsal(TorchFunctionMode):
@@ -130,18 +135,22 @@ class _Rehearsal(TorchFunctionMode):
             # Functions whose result is no tensor are not part of the recording.
             result = func(*args, **kwargs) if func not in READS_DATA else None
             if func in READS_DATA or is_frame(func, result):
-                other = f"it calls {_name(func)}, the original {_called(expected)}"
+                other = f"it calls {name_of(func)}, the original {_called(expected)}"
                 self.faults.append(self.fault(None, other, kind=Kind.PATH))
                 raise _DivergedError
             return result
         if func in READS_DATA:
             self.position += 1
             return expected.result
-        if _name(func) in _FOLLOWING:
+        name = name_of(func)
+        known = None
+        if name in _FOLLOWING:
             known = self._shortcut(expected, args, kwargs)
-            if known is not None:
-                self.position += 1
-                return known
+        elif name in _RESHAPING:
+            known = self._reshaped(expected, args, kwargs)
+        if known is not None:
+            self.position += 1
+            return known
         return self._compare(expected, func, args, kwargs)
 
     def _shortcut(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,6 +167,29 @@ class _Rehearsal(TorchFunctionMode):
                 return argument
         return self._predicted(frame)
 
+    def _reshaped(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The predicted result of a view or reshape to the predicted sizes, None if it is not."""
+        source, result = frame.arguments[0], frame.result
+        if kwargs or not isinstance(source, Value) or self._watched(frame):
+            return None
+        x, *sizes = args
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            sizes = list(sizes[0])
+        want = self.prediction.shape(result)
+        if x.shape != self.prediction.shape(source) or x.numel() != math.prod(want):
+            return None
+        if any(type(size) is not int for size in sizes) or sizes.count(-1) > 1:
+            return None
+        if len(sizes) != len(want) or x.device.type != "meta":
+            return None
+        fits = all(size in (length, -1) for size, length in zip(sizes, want, strict=True))
+        return self._predicted(frame) if fits else None
+
+    def _watched(self, frame: Frame) -> bool:
+        """Whether integers among the operators' arguments have to follow lengths."""
+        positions = range(frame.calls.start, frame.calls.stop)
+        return any(position in self.prediction.state.expected for position in positions)
+
     def _following(self, frame: Frame) -> dict[int, int]:
         """Integers among the arguments that are lengths, and what they have to be."""
         follow: dict[int, int] = {}
@@ -165,7 +197,7 @@ class _Rehearsal(TorchFunctionMode):
         for position in range(frame.calls.start, frame.calls.stop):
             for number, extent in expected.get(position, ()):
                 follow[number] = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
-        if _name(frame.function) in _NORMALIZED:
+        if name_of(frame.function) in _NORMALIZED:
             value, shape = frame.arguments[:2]
             tail = self.prediction.shape(value)[-len(shape) :]
             follow.update(zip(shape, tail, strict=True))
@@ -212,7 +244,7 @@ class _Rehearsal(TorchFunctionMode):
             return self._repair(frame, wrong, (args, kwargs))
         for unexpected in self._unexpected(frame, seen):
             self.faults.append(self.fault(frame, unexpected, (args, kwargs)))
-        if _numbers(func, (args, kwargs)) != _numbers(func, frame.arguments):
+        if numbers(func, (args, kwargs)) != numbers(func, frame.arguments):
             self.faults.append(self.fault(frame, "a number computed from a size", kind=Kind.NUMBER))
         return result
 
@@ -225,7 +257,7 @@ class _Rehearsal(TorchFunctionMode):
         changed = self._changed(frame)
         if changed:
             self.faults.append(self.fault(frame, error, arguments))
-        elif sorted(_integers(arguments)) != sorted(_integers(frame.arguments)):
+        elif sorted(integers(arguments)) != sorted(integers(frame.arguments)):
             self.faults.append(self.fault(frame, error, arguments, kind=Kind.ELSEWHERE))
         return self._predicted(frame)
 
@@ -233,9 +265,7 @@ class _Rehearsal(TorchFunctionMode):
         self, frame: Frame, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, _Seen | None]:
         """The function on meta tensors, or, where it cannot, on zeros."""
-        positions = range(frame.calls.start, frame.calls.stop)
-        watched = any(position in self.prediction.state.expected for position in positions)
-        seen = _Seen() if watched else None
+        seen = _Seen() if self._watched(frame) else None
         try:
             if seen is not None:
                 with seen:
@@ -244,7 +274,7 @@ class _Rehearsal(TorchFunctionMode):
         except FORWARD_FAULTS:
             if not any(
                 isinstance(leaf, Tensor) and leaf.device.type != "meta"
-                for leaf in tree_leaves((args, kwargs))
+                for leaf in leaves((args, kwargs))
             ) and not isinstance(sys.exc_info()[1], NotImplementedError):
                 raise
             args, kwargs = tree_map(_zeros, (args, kwargs))
@@ -256,11 +286,11 @@ class _Rehearsal(TorchFunctionMode):
         return any(self.prediction.shape(value) != value.shape for value in self._values(frame))
 
     def _values(self, frame: Frame) -> Iterator[Value]:
-        for leaf in tree_leaves((frame.arguments, frame.result)):
+        for leaf in leaves((frame.arguments, frame.result)):
             if isinstance(leaf, Value):
                 yield leaf
         for call in self.recording.calls[frame.calls]:
-            yield from call.inputs()
+            yield from call.inputs
 
     def _predicted(self, frame: Frame) -> Any:
         def make(leaf: Any) -> Any:
@@ -268,14 +298,15 @@ class _Rehearsal(TorchFunctionMode):
                 return leaf
             return torch.empty(self.prediction.shape(leaf), dtype=leaf.dtype, device="meta")
 
+        if isinstance(frame.result, Value):
+            return make(frame.result)
         return tree_map(make, frame.result)
 
     def _wrong(self, frame: Frame, result: Any) -> str:
-        leaves = tree_leaves(result)
-        expected = tree_leaves(frame.result)
-        if len(leaves) != len(expected):
-            return f"{len(leaves)} results instead of {len(expected)}"
-        for leaf, value in zip(leaves, expected, strict=True):
+        given, expected = list(leaves(result)), list(leaves(frame.result))
+        if len(given) != len(expected):
+            return f"{len(given)} results instead of {len(expected)}"
+        for leaf, value in zip(given, expected, strict=True):
             if isinstance(value, Value):
                 want = self.prediction.shape(value)
                 if 0 in value.shape:  # nothing is in it, so it has no ids
@@ -291,12 +322,12 @@ class _Rehearsal(TorchFunctionMode):
         calls = self.recording.calls[frame.calls]
         if [call.function for call in calls] != [function for function, _ in seen.calls]:
             return
-        for offset, (_, integers) in enumerate(seen.calls):
+        for offset, (_, given) in enumerate(seen.calls):
             position = frame.calls.start + offset
             for number, extent in self.prediction.state.expected.get(position, ()):
                 want = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
-                if want not in integers:
-                    yield f"it uses positions {sorted(integers)}, expected {want}"
+                if want not in given:
+                    yield f"it uses positions {sorted(given)}, expected {want}"
 
     # -- faults ---------------------------------------------------------------------------
 
@@ -310,8 +341,8 @@ class _Rehearsal(TorchFunctionMode):
         lengths: tuple[Written, ...] = ()
         changes: tuple[tuple[int, int], ...] = ()
         if frame is not None:
-            present = list(_integers(arguments))
-            before = list(_integers(frame.arguments))
+            present = list(integers(arguments))
+            before = list(integers(frame.arguments))
             if len(present) == len(before):
                 pairs = zip(before, present, strict=True)
                 changes = tuple((old, new) for old, new in pairs if old != new)
@@ -325,7 +356,7 @@ class _Rehearsal(TorchFunctionMode):
             names=frozenset(code.f_code.co_names) if code is not None else frozenset(),
             written=written,
             blamed=tuple(blamed),
-            error=f"{_name(frame.function)}: {error}" if frame is not None else error,
+            error=f"{name_of(frame.function)}: {error}" if frame is not None else error,
             kind=kind,
             lengths=lengths,
             changes=changes,
@@ -376,7 +407,7 @@ class _Rehearsal(TorchFunctionMode):
 
     def _lengths(self, frame: Frame) -> Iterator[Written]:
         """The lengths that may be written as numbers in a call of this frame."""
-        for leaf in tree_leaves(frame.result):
+        for leaf in leaves(frame.result):
             if isinstance(leaf, Value):
                 yield from self._of(leaf)
         for position in range(frame.calls.start, frame.calls.stop):
@@ -386,30 +417,10 @@ class _Rehearsal(TorchFunctionMode):
     def _of(self, value: Value) -> Iterator[Written]:
         layers = self.prediction.state.layers.get(value.index, ())
         shape = self.prediction.shape(value)
-        for dim in {layer.dim for layer in layers}:
-            extents = self.prediction.state.extents(layers, dim)
+        for dim, extents in self.prediction.state.shrinking(value):
             first = next(layer for layer in layers if layer.dim == dim)
             ids = first.compact().reshape(-1).numpy()
             yield Written(value.shape[dim], shape[dim], extents, ids)
-
-
-def _integers(arguments: Any) -> Iterator[int]:
-    for leaf in tree_leaves(arguments):
-        if isinstance(leaf, int) and not isinstance(leaf, bool):
-            yield leaf
-        elif isinstance(leaf, slice):
-            yield from (x for x in (leaf.start, leaf.stop) if isinstance(x, int))
-        elif isinstance(leaf, torch.Size):
-            yield from leaf
-
-
-def _numbers(func: Any, arguments: Any) -> list[Any]:
-    arithmetic = _name(func) in _ARITHMETIC
-    return [
-        leaf
-        for leaf in tree_leaves(arguments)
-        if isinstance(leaf, float) or (arithmetic and isinstance(leaf, int))
-    ]
 
 
 _DEVICE = torch.Tensor.device.__get__
@@ -445,9 +456,5 @@ def _zeros(leaf: Any) -> Any:
     return leaf
 
 
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", function))
-
-
 def _called(frame: Frame | None) -> str:
-    return "ends there" if frame is None else _name(frame.function)
+    return "ends there" if frame is None else name_of(frame.function)

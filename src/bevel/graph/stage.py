@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bevel.graph.attributes import resize, set_integer
 from bevel.graph.copying import meta
-from bevel.graph.holding import holding
+from bevel.graph.holding import Held
 from bevel.graph.prediction import Prediction
 from bevel.graph.record import ExampleInputs, map_inputs, tensor_names
 
@@ -31,12 +31,13 @@ class Stage:
         self.modules = dict(net.named_modules())
         self.module_names = {id(module): name for name, module in self.modules.items()}
         first = next(net.parameters(), None)
+        self._held = Held(net)
         self.device = torch.device("cpu") if first is None else first.device
 
     @contextmanager
     def dressed(self, prediction: Prediction) -> Iterator[nn.Module]:
         """The network with the predicted shapes and attributes, inside this context."""
-        with holding(self.net):
+        with self._held.held():
             self._dress(prediction)
             yield self.net
 

@@ -52,7 +52,7 @@ class Zeros:
         name = call.name.rpartition(".")[2].removesuffix("_")
         if name in _READERS:
             return False
-        inputs = call.inputs()
+        inputs = call.inputs
         bent = [value.index in self.bent for value in inputs]
         if name in _PRODUCTS:
             return bool(inputs) and all(bent)

@@ -154,9 +154,11 @@ def _count(name: str, dim: int, runs: str, size: int) -> int:
     Raises:
         PruningError: they are no ascending runs of indices below `size`.
     """
-    # Before the runs are written out: a run of 10**12 would fill the memory.
-    for number in re.findall(r"\d+", runs):
-        if len(number) > 18 or int(number) >= size:
+    # Before the runs are written out: a run of 10**12 would fill the memory. Of ascending runs, the
+    # last number is the largest, and `indices` refuses others before it writes them out.
+    last = re.search(r"\d+$", runs)
+    for number in re.findall(r"\d+", runs) if last is None or _beyond(last[0], size) else ():
+        if _beyond(number, size):
             raise PruningError(
                 f"the plan keeps index {one_line(number, 20)} of dimension {dim} of '{name}', "
                 f"which is out of range: the dimension has {size}"
@@ -165,6 +167,10 @@ def _count(name: str, dim: int, runs: str, size: int) -> int:
         return len(indices(runs))
     except PruningError as error:
         raise PruningError(f"dimension {dim} of '{name}' in the plan: {error}") from error
+
+
+def _beyond(number: str, size: int) -> bool:
+    return len(number) > 18 or int(number) >= size
 
 
 _DIRECTIONS = ("weight_v", "parametrizations.weight.original1")

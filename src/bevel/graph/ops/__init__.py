@@ -63,6 +63,6 @@ def handler(call: Call) -> Handler:
 
 def unknown(state: Propagation, call: Call) -> None:
     """Freeze everything the operator touches; its outputs carry no ids."""
-    for value in call.inputs():
+    for value in call.inputs:
         state.freeze_value(value, f"bevel does not know the operator {call.place}")
     state.set_outputs(call)

@@ -24,7 +24,7 @@ def attention(state: Propagation, call: Call) -> None:
     contracted(state, call, q, k, (last, last))
     operands = [_outer(state, call, x, keep) for x, keep in ((q, last - 1), (k, None), (v, last))]
     layers = combine(state, operands, output.shape, call.place)
-    for mask in call.inputs()[3:]:
+    for mask in call.inputs[3:]:
         layers = _masked(state, call, layers, mask)
     _cost(state, call, q, k, v, layers)
     state.set_outputs(call, layers)

@@ -8,8 +8,8 @@ from collections.abc import Sequence, Set
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from bevel.graph.layers import along
-from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
+from bevel.graph.layers import Extent, along
+from bevel.graph.propagate import Blocks, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Value
 
 

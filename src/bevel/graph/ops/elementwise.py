@@ -19,7 +19,7 @@ def pointwise(state: Propagation, call: Call) -> None:
     The function's value at zero does not matter: whoever reads a removed channel loses the
     weights that read it.
     """
-    values = call.inputs()
+    values = call.inputs
     outputs = [output for output in call.outputs if isinstance(output, Value)]
     if not outputs:
         return
@@ -109,7 +109,7 @@ def constant(state: Propagation, call: Call) -> None:
 
 def like(state: Propagation, call: Call) -> None:
     """`zeros_like(x)`: as long as x everywhere."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     state.set(call.output, state.of(source) if source.shape == call.output.shape else [])
 
 

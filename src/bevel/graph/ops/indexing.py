@@ -15,7 +15,7 @@ def index(state: Propagation, call: Call) -> None:
     x, indices = call.arguments[0], call.arguments[1]
     output = call.output
     used = [dim for dim, value in enumerate(indices) if isinstance(value, Value)]
-    for value in call.inputs()[1:]:
+    for value in call.inputs[1:]:
         state.freeze_value(value, f"positions to read: {call.place}")
     layers = []
     tensors = [value.data if isinstance(value, Value) else None for value in indices]
@@ -47,7 +47,7 @@ def _indexed(layer: Layer, tensors: list[Tensor | None]) -> Tensor | None:
 def write(state: Propagation, call: Call) -> None:
     """`x[i] = y` and scatters: what is written by position cannot shrink along that axis."""
     x = call.arguments[0]
-    for value in call.inputs()[1:]:
+    for value in call.inputs[1:]:
         state.freeze_value(value, f"written by position: {call.place}")
     state.freeze_value(x, f"written by position: {call.place}")
     state.set(call.output, [])
@@ -115,7 +115,7 @@ def triangle(state: Propagation, call: Call) -> None:
 
 def free(state: Propagation, call: Call) -> None:
     """`nms(boxes, scores)`, `nonzero(x)`, `bincount`: positions of data, without channels."""
-    for value in call.inputs():
+    for value in call.inputs:
         state.freeze_value(value, f"read by value: {call.place}")
     state.set_outputs(call)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bevel.graph.layers import Layer, along, widen
+from bevel.graph.layers import Extent, Layer, along, widen
 from bevel.graph.ops.elementwise import combine
-from bevel.graph.propagate import Extent, Handler, Propagation
+from bevel.graph.propagate import Handler, Propagation
 from bevel.graph.record import Call, Value
 
 

@@ -8,22 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevel.graph.layers import Layer, along, settle, widen
+from bevel.graph.layers import Extent, Layer, along, settle, widen
 from bevel.graph.ops.views import reshape
-from bevel.graph.propagate import (
-    Blocks,
-    Extent,
-    FrameHandler,
-    Handler,
-    Propagation,
-    SizeSite,
-)
+from bevel.graph.propagate import Blocks, FrameHandler, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Frame, Value
 
 
 def permute(state: Propagation, call: Call) -> None:
     """`permute(x, dims)`, `transpose(x, a, b)`, `t(x)`, `movedim`: axes in another order."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     order = _order(call, len(source.shape))
     state.set(
         call.output,
@@ -46,7 +39,7 @@ def _order(call: Call, ndim: int) -> list[int]:
 
 def same(state: Propagation, call: Call) -> None:
     """The output has the elements of the first tensor, in place."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     for output in call.outputs:
         if isinstance(output, Value):
             state.set(output, state.of(source) if output.shape == source.shape else [])
@@ -54,7 +47,7 @@ def same(state: Propagation, call: Call) -> None:
 
 def slice_(state: Propagation, call: Call) -> None:
     """`slice(x, dim, start, end, step)`: a part of an axis, or every `step`-th index."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     dim = int(call.argument(1, "dim", 0)) % len(source.shape)
     size = source.shape[dim]
     start, end = call.argument(2, "start"), call.argument(3, "end")
@@ -92,7 +85,7 @@ def _at(dim: int, index: slice | int) -> tuple[Any, ...]:
 
 def split(state: Propagation, call: Call) -> None:
     """`split(x, size, dim)`: equal parts keep equal counts."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     dim = int(call.argument(2, "dim", 0)) % len(source.shape)
     parts = [output for output in call.outputs if isinstance(output, Value)]
     sizes = [part.shape[dim] for part in parts]
@@ -119,7 +112,7 @@ def _split_rows(state: Propagation, layer: Layer, sizes: Sequence[int], place: s
 
 def select(state: Propagation, call: Call) -> None:
     """`select(x, dim, index)`, `unbind(x, dim)`: the axis goes, its indices have positions."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     dim = int(call.argument(1, "dim", 0)) % len(source.shape)
     outputs = [output for output in call.outputs if isinstance(output, Value)]
     first = int(call.argument(2, "index", 0)) if call.name == "aten.select" else 0
@@ -137,14 +130,14 @@ def select(state: Propagation, call: Call) -> None:
 
 def expand(state: Propagation, call: Call) -> None:
     """`expand(x, sizes)`: what was one element can have any length."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     layers = [widen(layer, output.shape) for layer in state.of(source)]
     state.set(output, [*layers, *repeated(state, source.shape, output.shape)])
 
 
 def repeat(state: Propagation, call: Call) -> None:
     """`repeat(x, times)`: copies of an axis behind each other keep the same indices."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     times = [int(n) for n in call.argument(1, "repeats")]
     offset = len(times) - len(source.shape)
     layers = [
@@ -166,7 +159,7 @@ def repeated(state: Propagation, before: tuple[int, ...], after: tuple[int, ...]
 
 def flip(state: Propagation, call: Call) -> None:
     """`flip(x, dims)`: the same indices backwards."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     dims = {int(dim) % len(source.shape) for dim in call.argument(1, "dims")}
     layers = []
     for layer in state.of(source):
@@ -177,7 +170,7 @@ def flip(state: Propagation, call: Call) -> None:
 
 def roll(state: Propagation, call: Call) -> None:
     """`roll(x, shifts, dims)`: fine along axes that do not shrink."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     dims = [
         int(dim) % len(source.shape) for dim in call.argument(2, "dims") or range(len(source.shape))
     ]
@@ -189,7 +182,7 @@ def roll(state: Propagation, call: Call) -> None:
 
 def unfold_dim(state: Propagation, call: Call) -> None:
     """`x.unfold(dim, size, step)`: windows along an axis, which must not shrink."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     dim = int(call.arguments[1]) % len(source.shape)
     layers = []
     for layer in state.of(source):
@@ -246,7 +239,7 @@ def _amounts(amounts: list[int], dim: int, ndim: int) -> tuple[int, int]:
 
 def as_strided(state: Propagation, call: Call) -> None:
     """`as_strided(x, size, stride)`: only where it changes nothing."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     if source.shape == output.shape:
         return state.set(output, state.of(source))
     state.freeze_value(source, f"read by strides: {call.place}")
@@ -270,7 +263,7 @@ def tensor_split(state: Propagation, frame: Frame) -> None:
 
 def channel_shuffle(state: Propagation, call: Call) -> None:
     """`channel_shuffle(x, groups)`: view (g, C/g), transposed, flat again."""
-    source, output = call.inputs()[0], call.output
+    source, output = call.inputs[0], call.output
     groups, channels = int(call.argument(1, "groups")), source.shape[1]
     rest = source.shape[2:]
     split = (source.shape[0], groups, channels // groups, *rest)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from bevel.graph.layers import Layer
+from bevel.graph.layers import Extent, Layer
 from bevel.graph.ops.elementwise import combine
-from bevel.graph.propagate import Blocks, Extent, Handler, Propagation, SizeSite
+from bevel.graph.propagate import Blocks, Handler, Propagation, SizeSite
 from bevel.graph.record import Call, Value
 
 

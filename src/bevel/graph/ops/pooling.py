@@ -39,7 +39,7 @@ def _resized(state: Propagation, call: Call, x: Value, output: Value) -> list[La
 
 def by_channel(state: Propagation, call: Call) -> None:
     """`grid_sampler(x, grid)`, `roi_align(x, boxes)`: channels of x at other positions."""
-    for value in call.inputs()[1:]:
+    for value in call.inputs[1:]:
         state.freeze_value(value, f"positions to sample at: {call.place}")
     _set_channels(state, call, 1, _channels(state, call, 1))
 

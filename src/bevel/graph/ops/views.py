@@ -22,7 +22,7 @@ MOST_LAYERS = 4
 
 def view(state: Propagation, call: Call) -> None:
     """Any operator that keeps the order of elements: the output's shape says all."""
-    source = call.inputs()[0]
+    source = call.inputs[0]
     output = call.output
     layers = list(state.of(source))
     state.set(output, reshape(state, call.place, layers, source.shape, output.shape))
