@@ -60,6 +60,23 @@ def test_tiny_lengths_that_agree_in_a_module_need_more_cuts(width, more):
     assert (len(found) > 2) == more
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, TINY - 1), st.integers(0, 3)), min_size=2, max_size=24))
+def test_tiny_groups_of_one_module_are_told_apart_among_any_number_of_modules(drawn):
+    groups = [group(str(i), n, f"net.block{home}.conv") for i, (n, home) in enumerate(drawn)]
+    found = cuts(groups, many=False)
+    for a, b in combinations(range(len(drawn)), 2):
+        if drawn[a][1] == drawn[b][1]:
+            whole = (groups[a].size, groups[b].size)
+            assert any(cut[a] != cut[b] and (cut[a], cut[b]) != whole for cut in found)
+
+
+def test_tiny_groups_of_many_modules_take_no_more_cuts_than_those_of_one():
+    one = [group(str(i), 3, "net.block0.conv") for i in range(3)]
+    eight = [group(str(i), 3, f"net{i // 3}.block.conv") for i in range(24)]
+    assert len(cuts(eight, many=False)) <= len(cuts(one, many=False))
+
+
 def test_what_cannot_shrink_is_left_alone():
     groups = [group("a", 8, "a"), group("b", 8, "b", "network output"), group("c", 1, "c")]
     assert all(cut[1] == 8 and cut[2] == 1 for cut in cuts(groups, many=True))
