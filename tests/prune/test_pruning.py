@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import bevel
 from bevel.core.errors import PruningError
@@ -360,10 +361,60 @@ def test_shared_parameters_stay_shared():
     net = Tied().eval()
     plan = plan_for(net, budget={"macs": 0.6})
     pruned = prune(net, plan)
-    assert pruned.a.weight is pruned.b.weight
-    assert pruned.a.in_channels == pruned.b.in_channels < 16
-    bevel.verify_pruning(net, pruned, plan, EXAMPLE)
+    for result in (pruned, prune(copy.deepcopy(net), plan, inplace=True)):
+        assert result.a.weight is result.b.weight
+        assert result.a.in_channels == result.b.in_channels < 16
+        bevel.verify_pruning(net, result, plan, EXAMPLE)
     assert copy.deepcopy(pruned)(EXAMPLE).shape == (2, 4, 8, 8)
+
+
+def total(net: nn.Module) -> torch.Tensor:
+    return sum(leaf.square().sum() for leaf in tree_leaves(net(EXAMPLE)))
+
+
+@pytest.mark.parametrize("network", ALL)
+def test_in_place_gives_the_same_network_of_the_same_parameters(network):
+    net = randomise(network())
+    plan = plan_for(net, budget={"macs": 0.7})
+    expected = prune(net, plan)
+    before = dict(net.named_parameters())
+    total(net).backward()
+    assert prune(net, plan, inplace=True) is net
+    state, wanted = net.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+    assert torch.equal(total(net), total(expected))
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    held = sum(p.untyped_storage().nbytes() for p in net.parameters())
+    assert held == sum(p.numel() * p.element_size() for p in expected.parameters())
+    total(net.train()).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+def test_in_place_shrinks_what_refers_to_the_parameters():
+    net = nn.Sequential(nn.Conv1d(3, 16, 1), Rows(), nn.LSTM(16, 8, batch_first=True)).eval()
+    x = torch.randn(2, 3, 5)
+    plan = bevel.plan_pruning(net, x, ratio=0.4, align=1)
+    expected = prune(net, plan)
+    prune(net, plan, inplace=True)
+    assert net[2].input_size < 16
+    assert torch.equal(net(x)[0], expected(x)[0])
+
+
+class Rows(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_a_plan_that_does_not_fit_changes_nothing_in_place():
+    net = randomise(Plain())
+    plan = plan_for(net)
+    name = list(plan.tensors)[-1]
+    plan.tensors[name].shape[0] += 1
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(PruningError, match=name):
+        prune(net, plan, inplace=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
 
 
 def test_a_large_tensor_is_cut_in_pieces_as_in_one():

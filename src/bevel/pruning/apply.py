@@ -30,19 +30,30 @@ PIECE = 1 << 17
 
 
 @without_collection()
-def prune(net: nn.Module, plan: PruningPlan) -> nn.Module:
-    """A new network without what the plan removes; `net` is unchanged.
+def prune(net: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
+    """The network without what the plan removes.
 
     The result is made of the same module classes: parameters and buffers are sliced and the
     modules' size attributes follow, so it trains, saves and exports as the original does.
 
+    Args:
+        net: the network that the plan was made for.
+        plan: which indices stay.
+        inplace: shrink `net` itself and return it; else it is unchanged and the result is new.
+            Parameters stay the same objects and lose their gradients. No two networks are in
+            memory at once, and what one tensor gives up, the next can use, so it is quicker.
+
     Raises:
         PruningError: the plan does not fit the network (unknown tensor, other shape, index out of
-            range).
+            range), which is then as it was.
     """
     tensors = tensors_of(net)
     _check(dict(net.named_modules()), tensors, plan)
-    pruned = copy_with(net, _sliced(tensors, plan))
+    if inplace:
+        _shrink(tensors, plan)
+        pruned = net
+    else:
+        pruned = copy_with(net, _sliced(tensors, plan))
     for name, module in pruned.named_modules():
         for attribute, value in plan.attributes.get(name, {}).items():
             set_integer(module, attribute, value)
@@ -58,6 +69,16 @@ def _sliced(tensors: Mapping[str, Tensor], plan: PruningPlan) -> dict[int, Tenso
         for name, tensor in tensors.items()
         if name in plan.tensors
     }
+
+
+def _shrink(tensors: Mapping[str, Tensor], plan: PruningPlan) -> None:
+    """Give each tensor what stays of it, once, whatever its names."""
+    positions = cache(_positions)
+    named = {id(tensors[name]): name for name in plan.tensors}
+    for name in named.values():
+        tensor = tensors[name]
+        tensor.grad = None
+        tensor.data = cut_tensor(tensor.detach(), plan.tensors[name], positions)
 
 
 def _positions(runs: str, device: torch.device) -> Tensor:
