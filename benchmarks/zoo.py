@@ -3,12 +3,14 @@
     python benchmarks/zoo.py --out benchmarks/results/zoo.json --docs docs/zoo.md
     python benchmarks/zoo.py --out benchmarks/results/zoo.json --resume     # goes on where it was
     python benchmarks/zoo.py --table benchmarks/results/zoo.json > docs/zoo.md
+    python benchmarks/zoo.py --out benchmarks/results/zoo.json --merge PART.json
 
 Each network is pruned by bevel to 50 % of its MACs in a process of its own, and in another by
 Torch-Pruning (`pip install torch-pruning==1.6.1`), which `--no-peer` leaves out. `--only REGEX`
-picks networks by `library:name`; `--forward` only builds them and runs them once. The lists and the
-inputs are in zoo_networks.py. Results are written after each network and hold no path of the
-machine.
+picks networks by `library:name`; `--forward` only builds them and runs them once. `--merge` takes
+the rows of other files, of networks that were measured again, in place of those of --out. The
+lists and the inputs are in zoo_networks.py. Results are written after each network and hold no
+path of the machine.
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ def forward_only(network: Network, report: Report) -> None:
 
 
 def with_bevel(network: Network, report: Report) -> None:
-    """Plan, slice, analyse once more for its time, count, verify."""
+    """Plan, slice in place as the peer does; then, on the same network built again, the rest.
+
+    The rest is one more analysis for its time, counting, and the proof.
+    """
     from bevel import analyze, prune, verify_pruning  # named here: nothing is imported while timed
 
     net, inputs = _prepare(network, report)
@@ -112,7 +117,7 @@ def with_bevel(network: Network, report: Report) -> None:
         report.put(outcome="limited", reason=refusal, macs_left=1.0, params_left=1.0)
         return
     with report.timed("slice"):
-        pruned = prune(net, plan)
+        pruned = prune(net, plan, inplace=True)
     numbers = report.numbers
     more = _peak_bytes() - memory
     report.put(
@@ -128,6 +133,7 @@ def with_bevel(network: Network, report: Report) -> None:
         notes=[_without_paths(note) for note in plan.notes[:5]],
         kept_whole=len(plan.notes),
     )
+    net = build(network)  # as it was: drawn with the same seed
     with report.timed("analysis"):
         analysis = analyze(net, inputs)
     report.put(frozen_share=_frozen_share(analysis, plan))
@@ -518,7 +524,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def run_network(network: Network, workers: Sequence[str], threads: int) -> Entry:
     """One network with every worker, one after the other."""
     entry: Entry = {"name": network.name, "library": network.library, "family": network.family}
-    entry["task"] = network.task
+    entry |= {"task": network.task, "measured": _now()[:10]}
     for worker in workers:
         entry[worker] = run_worker(worker, network, threads)
     return entry
@@ -543,6 +549,22 @@ def run_all(given: argparse.Namespace, workers: Sequence[str]) -> Entry:
         write_json(given.out, results)
         said = ", ".join(f"{worker}: {_said(entry[worker])}" for worker in workers)
         print(f"[{count}/{len(open_networks)}] {_key(entry)}: {said}", file=sys.stderr, flush=True)
+    return results
+
+
+def merge(into: Path, parts: Sequence[Path]) -> Entry:
+    """Put rows that were measured in the same way in place of those of a file, and write it."""
+    results: Entry = json.loads(into.read_text(encoding="utf-8"))
+    rows = {_key(entry): entry for entry in results["networks"]}
+    for part in parts:
+        other = json.loads(part.read_text(encoding="utf-8"))
+        for name in ("versions", "machine", "jobs", "threads", "limit_s", "request"):
+            if other[name] != results[name]:
+                raise SystemExit(f"{part} has other {name} than {into}: {other[name]}")
+        rows |= {_key(entry): entry for entry in other["networks"]}
+        results["finished"] = max(results["finished"], other["finished"])
+    results["networks"] = list(rows.values())
+    write_json(into, results)
     return results
 
 
@@ -749,6 +771,12 @@ def _methods(results: Entry) -> Iterator[str]:
         f"{results['jobs']} at a time, load average {results['load_at_start']} before the start. "
         "Seconds were measured once, so differences of a few per cent mean nothing."
     )
+    days = Counter(e.get("measured", results["started"][:10]) for e in results["networks"])
+    yield (
+        "Rows by the day they were measured: "
+        + ", ".join(f"{day}: {count}" for day, count in sorted(days.items()))
+        + "."
+    )
     yield (
         "Weights are random (seed 0), constant parameters such as norms' scales included; the "
         "statistics of batch norms are near to those of the example's own activations. So this "
@@ -770,7 +798,8 @@ def _methods(results: Entry) -> Iterator[str]:
     yield (
         "`analysis` is timed on its own after the plan. `total` is planning, which contains one "
         "analysis and bevel's own trial of the plan, plus slicing. `forward` is the median of "
-        "three passes."
+        "three passes. Networks are sliced in place, as the peer does it; rows of before "
+        "2026-11-26 were sliced into a copy."
     )
     yield (
         "`memory` is the growth of the process's peak over planning and slicing, as a multiple of "
@@ -914,6 +943,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="1: of 2 threads, where 2 processors are free; more: of 1",
     )
     parser.add_argument("--resume", action="store_true", help="skip what the file holds")
+    parser.add_argument("--merge", type=Path, nargs="+", help="files whose rows --out takes over")
     parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--network", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -930,6 +960,11 @@ def main() -> None:
         return
     if given.table:
         print(page(json.loads(given.table.read_text(encoding="utf-8"))), end="")
+        return
+    if given.merge:
+        results = merge(given.out, given.merge)
+        if given.docs:
+            write_text(given.docs, page(results))
         return
     chosen = {"bevel": given.bevel, "peer": given.peer}
     workers = ["forward"] if given.forward else [name for name, wanted in chosen.items() if wanted]
