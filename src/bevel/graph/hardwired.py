@@ -47,9 +47,9 @@ def follow_sizes(
     Raises:
         PassChangedError: at its old sizes, the network takes another path than was recorded.
     """
-    _tie_attention(net, state)
-    stage = Stage(net, example_inputs)
-    resolver = _Resolver(net, state)
+    _tie_attention(state)
+    stage = Stage(net, example_inputs, state)
+    resolver = _Resolver(state)
     known: set[str] = set()  # places of numbers that are marked already
     for attempt in range(ROUNDS):
         grouping = Grouping(state)
@@ -90,9 +90,9 @@ def follow_sizes(
     return Grouping(state)
 
 
-def _tie_attention(net: nn.Module, state: Propagation) -> None:
+def _tie_attention(state: Propagation) -> None:
     """torch's attention layer is as wide inside as outside, and the number of heads stays."""
-    for name, module in net.named_modules():
+    for name, module in state.modules.items():
         if not isinstance(module, nn.MultiheadAttention):
             continue
         prefix = f"{name}." if name else ""
@@ -114,9 +114,9 @@ def _tie_attention(net: nn.Module, state: Propagation) -> None:
 class _Resolver:
     """Answers faults: an attribute that follows, or a freeze."""
 
-    def __init__(self, net: nn.Module, state: Propagation) -> None:
+    def __init__(self, state: Propagation) -> None:
         self.state = state
-        self.modules = dict(net.named_modules())
+        self.modules = state.modules
         self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
         self.tied: set[tuple[str, str, int]] = set()
         self.bound: dict[bytes, set[int]] = {}

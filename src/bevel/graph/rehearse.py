@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, one_line
-from bevel.core.modes import evaluating
 from bevel.graph.arguments import integers, leaves, name_of, numbers
 from bevel.graph.faults import Fault, Kind, Written, is_user, place_of, user_frame
 from bevel.graph.layers import Layer
@@ -46,7 +45,6 @@ def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list
     mode = _Rehearsal(recording, prediction, stage)
     try:
         with (
-            evaluating(stage.net),
             stage.dressed(prediction) as net,
             torch.no_grad(),
             decomposed(),

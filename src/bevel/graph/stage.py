@@ -12,23 +12,24 @@ from bevel.graph.attributes import resize, set_integer
 from bevel.graph.copying import meta
 from bevel.graph.holding import Held
 from bevel.graph.prediction import Prediction
-from bevel.graph.record import ExampleInputs, map_inputs, tensor_names
+from bevel.graph.propagate import Propagation
+from bevel.graph.record import ExampleInputs, map_inputs
 
 
 class Stage:
     """A network that can be dressed in meta tensors of other sizes, and undressed again.
 
     Nothing is computed on meta tensors. Whatever a forward leaves on its modules meanwhile, such
-    as a cache, is taken back.
+    as a cache, is taken back, and so is the evaluation mode that it is in while it is dressed.
     """
 
-    def __init__(self, net: nn.Module, example_inputs: ExampleInputs) -> None:
+    def __init__(self, net: nn.Module, example_inputs: ExampleInputs, state: Propagation) -> None:
         self.net = net
         self.inputs = map_inputs(
             example_inputs, lambda x: x.to("meta") if isinstance(x, Tensor) else x
         )
-        self.names = tensor_names(net)
-        self.modules = dict(net.named_modules())
+        self.names = {id(tensor): name for name, tensor in reversed(state.parameters.items())}
+        self.modules = state.modules
         self.module_names = {id(module): name for name, module in self.modules.items()}
         first = next(net.parameters(), None)
         self._held = Held(net)
@@ -38,6 +39,8 @@ class Stage:
     def dressed(self, prediction: Prediction) -> Iterator[nn.Module]:
         """The network with the predicted shapes and attributes, inside this context."""
         with self._held.held():
+            if any(module.training for module in self.modules.values()):
+                self.net.eval()
             self._dress(prediction)
             yield self.net
 
