@@ -119,6 +119,9 @@ class Grouping:
         _, first = np.unique(held * self.state.count + alike[owner], return_index=True)
         self._cross(held[first], owner[first], alike[owner[first]])
         _, first = np.unique(held * self.state.count + nodes[owner], return_index=True)
+        first = first[held[first] != self._same[0]]  # what can never go is held by nothing
+        if not first.size:
+            return np.zeros((0, count), dtype=np.int64)
         held, owner = held[first], owner[first]
         starts = np.r_[True, held[1:] != held[:-1]]
         rank = np.arange(len(held)) - np.maximum.accumulate(
@@ -148,7 +151,7 @@ class Grouping:
     def nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """The nodes that hold these ids, level by level, 0 where there is none."""
         for slot in self._slots:
-            held = np.where(ids == 0, 0, slot[self._same[ids]])
+            held = slot[self._same[ids]]
             if held.any():
                 yield held
 
@@ -323,10 +326,13 @@ class Grouping:
         for entry in self.entries:
             classes = self.class_of[entry.ids]
             owners = np.where(entry.ids == 0, -1, group_of[classes])
-            for number in _distinct(owners):
+            numbers = _distinct(owners)
+            for number in numbers:
                 if number < 0:
                     continue
-                units = np.where(owners == number, position[classes], -1)
+                units = position[classes]
+                if len(numbers) > 1:
+                    units = np.where(owners == number, units, -1)
                 touching[number].append(Axis(entry.tensor, entry.dim, units))
                 runs[number] |= entry.node
         return touching, runs
@@ -366,7 +372,10 @@ class Grouping:
         flat = extent.ids.reshape(-1)
         divisor = extent.ids.shape[0] if extent.ids.ndim == 2 else 1
         rows, _ = self.members(Extent(flat, extent.level))
-        numbers = _numbered(_combined(*rows.T))
+        if rows.size and (rows == rows[0]).all():
+            numbers = np.zeros(len(rows), dtype=np.int64)
+        else:
+            numbers = _numbered(_combined(*rows.T))
         counts = np.bincount(numbers) / divisor
         table = np.zeros((len(counts), rows.shape[1]), dtype=np.int64)
         table[numbers] = rows
@@ -431,6 +440,8 @@ def _numbered(values: np.ndarray) -> np.ndarray:
 def _distinct(values: np.ndarray) -> list[int]:
     """The distinct values, ascending; neighbours are often equal."""
     flat = values.reshape(-1)
+    if flat.size and (flat == flat[0]).all():
+        return [int(flat[0])]
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return sorted({*flat[:1].tolist(), *flat[changes + 1].tolist()})
 
