@@ -158,19 +158,23 @@ class _Scorer:
 
     def all(self, analysis: Analysis, label: str, first: bool) -> dict[int, np.ndarray]:
         """Scores (members, size) of each prunable group that has any, filters before the rest."""
-        numbered = list(enumerate(analysis.groups))
-        found: dict[int, np.ndarray] = {}
+        free = {i: group for i, group in enumerate(analysis.groups) if group.frozen is None}
         with evaluating(self.net), torch.no_grad():  # a parametrisation may change itself
-            for index, group in track(numbered, f"scoring ({label})", len(numbered)):
-                if group.frozen is not None:
-                    continue
-                if "unit" in self.plugin.ROLES[0]:
-                    found[index] = self._score(torch.ones(group.size), [0])[None]
-                    continue
-                members = self.members.of(group, self.plugin.ROLES)[: 1 if first else None]
-                if members:
-                    found[index] = self._by_unit(members, group.size)
-        return found
+            if "unit" in self.plugin.ROLES[0]:
+                return {i: self._score(torch.ones(g.size), [0])[None] for i, g in free.items()}
+            end = 1 if first else None
+            members = {i: self.members.of(g, self.plugin.ROLES)[:end] for i, g in free.items()}
+            self._read([member for some in members.values() for member in some], label)
+            return {i: self._by_unit(some, free[i].size) for i, some in members.items() if some}
+
+    def _read(self, members: Sequence[Member], label: str) -> None:
+        """Score every member's rows, all axes of a weight while the processor has it at hand."""
+        by_weight: dict[tuple[str, str], list[Member]] = {}
+        for weight, axis in members:
+            by_weight.setdefault(weight.key, []).append((weight, axis))
+        for some in track(list(by_weight.values()), f"scoring ({label})", len(by_weight)):
+            for member in some:
+                self._scored(*member)
 
     def _by_unit(self, members: Sequence[Member], size: int) -> np.ndarray:
         """The mean score of each unit's rows, (members, size)."""
