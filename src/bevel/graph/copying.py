@@ -80,6 +80,19 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def in_order(net: nn.Module) -> nn.Module:
+    """The network with tensors whose elements lie in the order of their dimensions, as by default.
+
+    A copy if any lies otherwise, as in channels_last; else the network itself.
+    """
+    turned = {
+        id(tensor): like(tensor, tensor.new_empty(tensor.shape).copy_(tensor.detach()).detach())
+        for tensor in tensors_of(net).values()
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+    }
+    return copy_with(net, turned) if turned else net
+
+
 def meta(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor or parameter like this one, of another shape and without data."""
     new = torch.empty(tuple(shape), dtype=tensor.dtype, device="meta")

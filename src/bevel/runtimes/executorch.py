@@ -60,9 +60,11 @@ def export(
     path: Path,
 ) -> str | None:
     """Write a .pte file; see `bevel.export`."""
+    from bevel.graph.copying import in_order
     from bevel.graph.program import export_program
 
-    program = export_program(net, example_inputs, dynamic=False)
+    # ExecuTorch's passes fail on weights that lie otherwise.
+    program = export_program(in_order(net), example_inputs, dynamic=False)
     with quiet():  # ExecuTorch and torchao talk while they are imported
         from bevel.runtimes import _executorch_file
     return _executorch_file.write(

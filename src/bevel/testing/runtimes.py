@@ -236,6 +236,19 @@ class RuntimeContract(PluginContract):
         got = self.outputs(plugin, artifacts["int8"])
         assert np.abs(got - expected).max() <= self.reference_tolerance * np.abs(expected).max()
 
+    def test_how_tensors_lie_in_memory_does_not_matter(
+        self, plugin: Runtime, tmp_path: Path
+    ) -> None:
+        """Neither of the example, as data loaders give it, nor of the network's weights."""
+        expected = self.expected()
+        example = images(2).to(memory_format=torch.channels_last)
+        turned = small_network().to(memory_format=torch.channels_last)
+        for number, net in enumerate((small_network(), turned)):
+            path = tmp_path / f"{number}{plugin.SUFFIX}"
+            artifact = export(net, example, runtime=self.name, path=path)
+            difference = np.abs(self.outputs(plugin, artifact) - expected).max()
+            assert difference <= self.tolerances["float32"] * np.abs(expected).max()
+
     def test_any_batch_size_where_the_file_says_so(
         self, plugin: Runtime, artifacts: Mapping[str, Artifact]
     ) -> None:
