@@ -80,13 +80,18 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def laid_out(tensor: Tensor) -> Tensor:
+    """A copy whose elements lie in the order of its dimensions."""
+    return tensor.new_empty(tensor.shape).copy_(tensor)
+
+
 def in_order(net: nn.Module) -> nn.Module:
     """The network with tensors whose elements lie in the order of their dimensions, as by default.
 
     A copy if any lies otherwise, as in channels_last; else the network itself.
     """
     turned = {
-        id(tensor): like(tensor, tensor.new_empty(tensor.shape).copy_(tensor.detach()).detach())
+        id(tensor): like(tensor, laid_out(tensor.detach()))
         for tensor in tensors_of(net).values()
         if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
     }

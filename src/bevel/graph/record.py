@@ -258,7 +258,7 @@ class _Operators(TorchDispatchMode):
             return self._known(leaf) or self._new(leaf)
         if type(leaf) in (list, tuple):
             plain = not any(isinstance(item, _HOLDERS) for item in leaf)
-            return leaf if plain else type(leaf)([self.value(item) for item in leaf])
+            return type(leaf)(leaf if plain else [self.value(item) for item in leaf])
         if not isinstance(leaf, _HOLDERS):  # a number, a dtype, a device
             return leaf
         return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, leaf)

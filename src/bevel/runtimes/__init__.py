@@ -140,12 +140,16 @@ def export(
             calibration; or the file cannot be written.
         UnknownNameError: there is no such runtime.
     """
+    from bevel.graph.copying import laid_out
+
     plugin = load_runtime(runtime, precision)
     if precision == "int8" and calibration is None:
         raise ExportError("int8 takes its ranges from calibration images: pass calibration")
     path = Path(path)
     given_inputs = example_inputs if isinstance(example_inputs, Sequence) else (example_inputs,)
-    inputs = tuple(map(_in_order, given_inputs))
+    # ExecuTorch has a file take its inputs in the order in which the examples lie, and does not
+    # notice arrays that lie otherwise; images out of a data loader are often in channels_last.
+    inputs = tuple(map(laid_out, given_inputs))
     try:
         with atomic(path) as temporary:
             quantizer = plugin.export(
@@ -176,15 +180,6 @@ def export(
             "its permissions"
         ) from error
     return artifact.model_copy(update={"path": str(path)})
-
-
-def _in_order(tensor: Tensor) -> Tensor:
-    """A copy whose elements lie in the order of its dimensions.
-
-    ExecuTorch has a file take its inputs in the order in which the examples lie, and does not
-    notice that arrays lie otherwise; images out of a data loader are often in channels_last.
-    """
-    return tensor.new_empty(tensor.shape).copy_(tensor)
 
 
 def _signature(plugin: Any, path: Path) -> tuple[list[TensorSignature], list[TensorSignature]]:
