@@ -67,6 +67,94 @@ def test_convolutions_have_the_size_that_torch_gives(shape, groups, stride, padd
     assert not guess.any()
 
 
+def laid_out(shape: tuple[int, ...], how: str) -> Tensor:
+    """Larger than what has memory of its own, and laid out in one of four ways."""
+    x = torch.randn(shape)
+    if how == "last":
+        return x.to(memory_format=torch.channels_last)
+    if how == "turned":
+        return torch.randn(shape[0], *shape[:0:-1]).permute(0, 3, 2, 1)
+    return torch.randn(*shape[:3], shape[3] + 1)[..., 1:] if how == "gaps" else x
+
+
+ONE = [
+    (aten.max_pool2d_with_indices.default, ([3, 3], [2, 2], [1, 1])),
+    (aten.max_pool2d_with_indices.default, ([2, 2],)),
+    (aten.max_pool2d_with_indices.default, ([3, 2], [2, 1], [1, 0], [2, 1])),
+    (aten.max_pool2d_with_indices.default, ([3, 3], [2, 2], [0, 0], [1, 1], True)),
+    (aten.avg_pool2d.default, ([3, 3], [1, 1], [1, 1])),
+    (aten.avg_pool2d.default, ([2, 3], [], [0, 0], True)),
+    (aten.constant_pad_nd.default, ([1, 2, 0, 3], 1.0)),
+    (aten.constant_pad_nd.default, ([-1, 1, -1, 1],)),
+    (aten.constant_pad_nd.default, ([0, 0, 0, 0, 2, 1],)),
+    (aten.relu.default, ()),
+    (aten.clone.default, ()),
+    (aten._softmax.default, (1, False)),
+]
+
+
+@pytest.mark.parametrize("how", ["contiguous", "last", "turned", "gaps"])
+@pytest.mark.parametrize("operator, arguments", ONE)
+def test_guesses_are_laid_out_as_torch_lays_results_out(operator, arguments, how):
+    x = laid_out((2, 8, 40, 30), how)
+    guess, real = zeros(operator, (x, *arguments), {}), operator(x, *arguments)
+    if guess is None:  # left to torch
+        assert how != "contiguous" or (len(arguments) > 3 and arguments[-1])
+        return
+    pairs = zip(guess, real, strict=True) if isinstance(real, tuple) else [(guess, real)]
+    for ours, theirs in pairs:
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.stride() == theirs.stride()
+        assert not ours.any()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("first", ["contiguous", "last", "turned", "gaps"])
+@pytest.mark.parametrize("second", ["contiguous", "last", "turned", "gaps"])
+def test_what_is_put_together_is_laid_out_as_torch_does(first, second, dim):
+    parts = [laid_out((2, 8, 40, 30), how) for how in (first, second)]
+    guess, real = zeros(aten.cat.default, (parts, dim), {}), torch.cat(parts, dim)
+    if guess is None:
+        assert "last" in (first, second) or "turned" in (first, second)
+        return
+    assert guess.shape == real.shape
+    assert guess.stride() == real.stride()
+
+
+def test_parts_that_do_not_fit_are_left_to_torch():
+    x = torch.randn(2, 8, 40, 30)
+    for other in (torch.randn(2, 8, 40, 31), torch.randn(8, 40, 30), x.double(), torch.empty(0)):
+        assert zeros(aten.cat.default, ([x, other], 1), {}) is None
+    assert zeros(aten.cat.default, ([x, x], 4), {}) is None
+    assert zeros(aten.avg_pool2d.default, (x, [50, 50]), {}) is None
+    assert zeros(aten.avg_pool2d.default, (x, [3, 3], [1, 1], [2, 2]), {}) is None
+    assert zeros(aten.constant_pad_nd.default, (x, [-30, 0]), {}) is None
+
+
+class Writing(nn.Module):
+    """Writes to an activation, and to a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).fill_(1.0)
+        marked = self.conv(x[:, :3])
+        marked[:, 1:].fill_(1.0)
+        return marked
+
+
+def test_what_a_network_writes_does_not_show_in_other_guesses():
+    x = torch.randn(1, 3, 64, 64)
+    convolution = (x, torch.randn(8, 3, 3, 3), None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    before = zeros(aten.convolution.default, convolution, {})
+    recorded = record(Writing().eval(), x)
+    assert [call.name for call in recorded.calls].count("aten.fill_") == 2
+    assert not before.any()
+    assert not zeros(aten.convolution.default, convolution, {}).any()
+
+
 def test_what_does_not_fit_is_left_to_torch():
     x, weight = torch.randn(1, 4, 8, 8), torch.randn(8, 3, 3, 3)
     arguments = (x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)

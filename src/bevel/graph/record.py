@@ -329,7 +329,12 @@ class _Operators(TorchDispatchMode):
             if not (whole and target.is_floating_point()) or id(target) in self.names:
                 raise LookedError  # others know the memory that it writes to
         guess = zeros(func, args, kwargs)
-        return func(*args, **kwargs) if guess is None else guess
+        if guess is not None:
+            return guess
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable and not self.knows(args[0]):
+            args[0].zero_()  # its memory may be that of other zeros
+        return result
 
     def _forget(self, output: Any) -> None:
         """The elements of a result are unknown."""

@@ -63,24 +63,36 @@ def zeros(
 
 
 def _same(x: Any, *others: Any, **_: Any) -> Any:
-    """Elementwise on tensors of one type: the broadcast shape."""
-    if not _is_float(x):
+    """Elementwise on tensors of one type: zeros of the broadcast shape."""
+    shape = _together(x, *others)
+    if shape is None:
         return None
-    shape = x.shape
-    for other in others:
-        if isinstance(other, Tensor):
-            if other.dtype != x.dtype:
-                return None
-            if other.shape != shape:
-                shape = _broadcast(shape, other.shape)
-                if shape is None:
-                    return None
     return _alike(x) if shape == x.shape else memory.zeros(x, shape)
 
 
+def _together(x: Any, *others: Any) -> Sequence[int] | None:
+    """The broadcast shape of tensors of one floating type."""
+    if not _is_float(x):
+        return None
+    shape: Sequence[int] | None = x.shape
+    for other in others:
+        if isinstance(other, Tensor):
+            if other.dtype != x.dtype or shape is None:
+                return None
+            if other.shape != shape:
+                shape = _broadcast(shape, other.shape)
+    return shape
+
+
 def _alike(x: Tensor) -> Tensor:
-    """Zeros of the same shape and strides."""
-    return memory.zeros(x, x.shape) if x.is_contiguous() else torch.zeros_like(x)
+    """Zeros of the same shape, laid out as torch lays out what it makes from `x`."""
+    if x.is_contiguous():
+        return memory.zeros(x, x.shape)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if not x.permute(order).is_contiguous():  # with gaps, or one element in several places
+        return torch.zeros_like(x)
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return memory.zeros(x, [x.shape[dim] for dim in order]).permute(back)
 
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
@@ -92,8 +104,7 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
 
 def _in_place(x: Any, *others: Any, **_: Any) -> Any:
     """An elementwise operator that writes to its first argument: it is as unknown as before."""
-    result = _same(x, *others)
-    return x if result is not None and result.shape == x.shape else None
+    return x if _is_float(x) and _together(x, *others) == x.shape else None
 
 
 def _is_float(*tensors: Any) -> bool:
@@ -115,19 +126,97 @@ def _convolution(
         return None
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return None
-    dims = x.dim() - 2
-    sizes = []
-    for dim in range(dims):
-        step, pad, spread = (p[dim % len(p)] for p in (stride, padding, dilation))
-        reach = spread * (weight.shape[dim + 2] - 1) + 1
-        sizes.append((x.shape[dim + 2] + 2 * pad - reach) // step + 1)
+    sizes = _swept(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     if min(sizes, default=1) < 1:
         return None
-    shape = (x.shape[0], weight.shape[0], *sizes)
-    if dims == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        empty = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        return empty.zero_()
-    return memory.zeros(x, shape)
+    last = torch.channels_last
+    if len(sizes) == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return memory.zeros(x, (x.shape[0], *sizes, weight.shape[0])).permute(0, 3, 1, 2)
+    return memory.zeros(x, (x.shape[0], weight.shape[0], *sizes))
+
+
+def _swept(
+    lengths: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:  # fmt: skip
+    """At how many places a window fits, in each dimension; a setting of one number is of all."""
+    sizes = []
+    for dim, length in enumerate(lengths):
+        step, pad, spread = (p[dim % len(p)] for p in (stride, padding, dilation))
+        reach = spread * (kernel[dim % len(kernel)] - 1) + 1
+        sizes.append((length + 2 * pad - reach) // step + 1)
+    return sizes
+
+
+def _windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool,
+) -> Tensor | None:  # fmt: skip
+    """What a pool gives for a contiguous tensor."""
+    dims = len(kernel)
+    if ceil_mode or not _is_float(x) or x.dim() != dims + 2 or not x.is_contiguous():
+        return None
+    if any(2 * p > k for p, k in zip(padding, kernel, strict=False)):
+        return None
+    sizes = _swept(x.shape[2:], kernel, stride or kernel, padding, dilation)
+    return memory.zeros(x, (*x.shape[:2], *sizes)) if min(sizes) >= 1 else None
+
+
+def _max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> Any:
+    result = _windows(x, kernel, stride, padding, dilation, ceil_mode)
+    return None if result is None else (result, memory.zeros(x, result.shape, torch.int64))
+
+
+def _avg_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    *_: Any,
+) -> Tensor | None:
+    return _windows(x, kernel, stride, padding, (1,), ceil_mode)
+
+
+def _in_order(x: Tensor) -> bool:
+    """Whether torch does not take the tensor for one with its channels last."""
+    return x.dim() not in (4, 5) or x.is_contiguous() or x.stride(1) > x.stride(-1)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    if not all(_is_float(x) and x.dtype == first.dtype and _in_order(x) for x in tensors):
+        return None
+    if not -first.dim() <= dim < first.dim():
+        return None
+    sides = _without(first.shape, dim)
+    if any(x.dim() != first.dim() or _without(x.shape, dim) != sides for x in tensors):
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return memory.zeros(first, shape)
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    sides = list(shape)
+    del sides[dim]
+    return sides
+
+
+def _pad(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
+    if not _is_float(x) or not x.is_contiguous() or len(pads) > 2 * x.dim() or len(pads) % 2:
+        return None
+    shape = list(x.shape)
+    for place in range(len(pads) // 2):
+        shape[-1 - place] += pads[2 * place] + pads[2 * place + 1]
+    return memory.zeros(x, shape) if min(shape) >= 1 else None
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
@@ -172,7 +261,9 @@ def _layer_norm(
 def _clone(x: Tensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
     if not _is_float(x):
         return None
-    if memory_format in (torch.preserve_format, torch.contiguous_format) and x.is_contiguous():
+    if memory_format == torch.contiguous_format:
+        return memory.zeros(x, x.shape)
+    if memory_format == torch.preserve_format:
         return _alike(x)
     return torch.zeros_like(x, memory_format=memory_format)
 
@@ -207,7 +298,11 @@ _SAME = ("relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoi
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
     **_kernels(_SAME, _same),
-    **_kernels((f"{name}_" for name in _SAME), _in_place),
+    **_kernels((f"{name}_" for name in (*_SAME, "copy")), _in_place),
+    **_kernels(("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
+    **_kernels(("avg_pool2d", "avg_pool3d"), _avg_pool),
+    aten.cat.default: _cat,
+    aten.constant_pad_nd.default: _pad,
     aten.clone.default: _clone,
     aten._softmax.default: _softmax,
     aten.convolution.default: _convolution,

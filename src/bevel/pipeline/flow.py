@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -184,7 +185,7 @@ class Flow:
             model.net,
             model.data,
             settings,
-            seed=self.recipe.seed,
+            seed=step_seed(self.recipe.seed, name),
             teacher=_teacher(original, model, settings),
             folder=folder / "training",
             label=verb,
@@ -217,6 +218,7 @@ class Flow:
             model.data,
             settings,
             self.recipe,
+            seed=step_seed(self.recipe.seed, name),
             teacher=_teacher(original, model, settings),
             folder=self.folder.step_folder(name) / "training",
         )
@@ -360,6 +362,14 @@ class Flow:
 
     def _calibration(self, model: Model) -> Any:
         return model.calibration(self.recipe.calibration.images)
+
+
+def step_seed(seed: int, name: str) -> int:
+    """The seed of one step's training: no two steps of a run see their images in the same order.
+
+    Rounds that all began from the recipe's own seed would crop, mirror and shuffle alike.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
 
 
 def _teacher(original: Model, model: Model, settings: TrainStep) -> nn.Module | None:

@@ -40,6 +40,7 @@ def train_for_int8(
     settings: QatStep,
     recipe: Recipe,
     *,
+    seed: int,
     teacher: nn.Module | None,
     folder: Path,
 ) -> tuple[nn.Module, Trained]:
@@ -62,7 +63,7 @@ def train_for_int8(
         aware,
         data,
         settings,
-        seed=recipe.seed,
+        seed=seed,
         teacher=teacher,
         folder=folder,
         label="qat",
