@@ -7,13 +7,17 @@ import pytest
 import timm
 import torch
 import torchvision
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bevel
 from bevel.core.errors import ModelError
+from bevel.graph import deferred
 from bevel.graph import record as recording
 from bevel.graph.holding import holding
-from bevel.graph.record import Recording, Value, record
+from bevel.graph.record import record
+from bevel.graph.recording import Recording, Value
 from bevel.graph.unknown import aten, looks, zeros
 
 
@@ -174,7 +178,7 @@ def test_only_masks_are_looked_at_among_indices():
 
 
 class Looking(nn.Module):
-    """Takes another way where the activations are all zero, as they are in a guessed pass."""
+    """Takes another way where the activations are all zero, as they are where nobody looks."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -196,13 +200,131 @@ class Looking(nn.Module):
         return x
 
 
+@pytest.fixture
+def no_second_pass(monkeypatch):
+    """A pass that cannot be recorded at the first attempt fails."""
+    once = recording._record
+
+    def first(net, inputs, operators):
+        assert not operators.earnest
+        return once(net, inputs, operators)
+
+    monkeypatch.setattr(recording, "_record", first)
+
+
 @pytest.mark.parametrize("how", ["item", "bool", "list", "numpy", "mask"])
-def test_a_network_that_looks_is_run_in_earnest(how):
-    recorded = record(Looking(how).eval(), torch.randn(1, 3, 8, 8))
-    if how == "mask":
-        assert recorded.outputs[0].shape[0] > 0
-    else:
+@pytest.mark.usefixtures("no_second_pass")
+def test_a_network_that_looks_sees_what_it_has_computed(how):
+    net, x = Looking(how).eval(), torch.randn(1, 3, 8, 8)
+    recorded = record(net, x)
+    with torch.no_grad():
+        assert recorded.outputs[0].shape == net(x).shape
+    if how != "mask":
         assert [call.name for call in recorded.calls].count("aten.convolution") == 2
+
+
+SIDE = 4
+
+
+class Program(nn.Module):
+    """Steps drawn at random on a growing list of tensors, some of which share memory.
+
+    `seen` is what it has looked at.
+    """
+
+    def __init__(self, steps: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.linear = nn.Linear(SIDE, SIDE)
+        self.seen: list[object] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[object] = []
+        tensors = [x, self.linear(x), torch.ones(SIDE, SIDE)]
+        for step, first, second in self.steps:
+            a, b = tensors[first % len(tensors)], tensors[second % len(tensors)]
+            self.do(step, a, b, tensors, seen)
+        self.seen = seen
+        return tensors[-1].sum()
+
+    def do(self, step: int, a: Tensor, b: Tensor, tensors: list[Tensor], seen: list) -> None:
+        match step:
+            case 0:
+                tensors.append(self.linear(a))
+            case 1:
+                tensors.append(torch.relu(a) - b)
+            case 2:
+                tensors.append(a.t())
+            case 3:
+                tensors.append(a[1:].view(-1, SIDE).expand(SIDE - 1, SIDE)[:1] + b)
+            case 4:
+                a.mul_(0.5)
+            case 5 if a.data_ptr() != b.data_ptr() or a is b:
+                a.add_(b.clone())
+            case 6:
+                a[1] = b[2].clone()
+            case 7:
+                tensors.append(torch.full((SIDE, SIDE), 2.0))
+            case 8:
+                tensors.append(tensors[2].t())  # of what was known at first
+            case 9:
+                seen.append(a.sum().item())
+            case 10:
+                seen.append(a.tolist())
+            case 11:
+                seen.append(int((a > 0).nonzero().shape[0]))
+            case 12:
+                tensors.append(torch.zeros(SIDE, SIDE) + a[a > b].sum())
+            case 13:
+                a[b > 0] = 1.0
+            case 14:
+                tensors.append(torch.cat([a, b])[torch.argsort(a[:, 0])])
+            case 15:
+                a.copy_(b.double())
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 15), st.integers(0, 12), st.integers(0, 12)),
+        min_size=1,
+        max_size=30,
+    ),
+    st.sampled_from([0, deferred.FEW]),
+)
+@example(
+    [(8, 0, 0), (1, 0, 3), (5, 2, 1), (9, 2, 0), (9, 4, 0)], 0
+)  # reads a view of what is written to
+def test_whatever_a_network_looks_at_is_right(steps, few):
+    torch.manual_seed(0)
+    net, x = Program(steps).eval(), torch.randn(SIDE, SIDE)
+    with torch.no_grad():
+        net(x.clone())
+    expected = net.seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred, "FEW", few)
+        recording._record(net, x.clone(), recording._Operators(net, earnest=False))
+    for ours, theirs in zip(net.seen, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", ["ssdlite320_mobilenet_v3_large", "keypointrcnn_resnet50_fpn"])
+@pytest.mark.usefixtures("no_second_pass")
+def test_detectors_are_recorded_at_once(build, monkeypatch):
+    torch.manual_seed(0)
+    net = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None).eval()
+    image = [torch.rand(3, 160, 160)]
+    guessed = record(net, (image,))
+    earnest = recording._Operators(net, earnest=True)
+    monkeypatch.undo()
+    assert outline(guessed) == outline(recording._record(net, (image,), earnest))
+
+
+def test_what_nobody_looks_at_is_not_computed():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    operators = recording._Operators(net, earnest=False)
+    recording._record(net, torch.randn(1, 3, 8, 8), operators)
+    assert len(operators.deferred) == 3
 
 
 class Keeping(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bevel.graph.record import Value
+from bevel.graph.recording import Value
 
 _ARITHMETIC = frozenset(
     {

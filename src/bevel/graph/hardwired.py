@@ -20,7 +20,8 @@ from bevel.graph.grouping import Grouping
 from bevel.graph.layers import Extent
 from bevel.graph.prediction import Prediction
 from bevel.graph.propagate import Mark, Propagation, SizeSite
-from bevel.graph.record import ExampleInputs, Recording
+from bevel.graph.record import ExampleInputs
+from bevel.graph.recording import Recording
 from bevel.graph.rehearse import rehearse
 from bevel.graph.stage import Stage
 from bevel.graph.trials import trials

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from bevel.graph.record import Call, Recording, Value
+from bevel.graph.recording import Call, Recording, Value
 
 IN_PLACE = frozenset(("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training",
                       "aten.batch_norm", "aten.cudnn_batch_norm", "aten.native_dropout",

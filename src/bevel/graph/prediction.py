@@ -8,7 +8,7 @@ import numpy as np
 
 from bevel.graph.grouping import Grouping
 from bevel.graph.layers import Extent
-from bevel.graph.record import Value
+from bevel.graph.recording import Value
 
 
 class Prediction:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bevel.graph.components import Classes
 from bevel.graph.layers import FIXED, Extent, Layer, along, compact
-from bevel.graph.record import Call, Frame, Recording, Value
+from bevel.graph.recording import Call, Frame, Recording, Value
 from bevel.graph.zeros import Zeros
 
 Handler = Callable[["Propagation", Call], None]

@@ -11,10 +11,8 @@ unless the network looks at what it has computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
+from bevel.graph.deferred import Deferred, written
 from bevel.graph.holding import holding
+from bevel.graph.recording import Call, Frame, Recording, Value, values_in
 from bevel.graph.unknown import LookedError, looks, zeros
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -37,114 +37,6 @@ ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 LARGEST_INDEX = 1 << 20
 """Integer tensors up to this many elements are kept, because they may be indices."""
-
-
-@dataclass(eq=False, slots=True)
-class Value:
-    """A tensor seen during the pass. `name` is set for parameters and buffers.
-
-    `data` is the tensor itself where it may serve as an index: small, of integers or booleans, and
-    computed from constants if the pass was run without its arithmetic.
-    """
-
-    index: int
-    shape: tuple[int, ...]
-    name: str | None = None
-    data: Tensor | None = None
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(eq=False)
-class Call:
-    """One operator: tensors in its arguments and outputs are replaced by `Value`s.
-
-    `inputs` are all tensors among the arguments, in order.
-    """
-
-    function: torch._ops.OpOverload
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Any, ...]
-    module: str
-
-    @property
-    def name(self) -> str:
-        """`aten.convolution`, without the overload."""
-        return _operator(self.function)
-
-    @property
-    def place(self) -> str:
-        """For messages: operator and module."""
-        return f"{self.name.removeprefix('aten.')} in {self.module or 'the network itself'}"
-
-    @property
-    def output(self) -> Value:
-        """The first output, of operators whose first output is a tensor."""
-        first = self.outputs[0]
-        if not isinstance(first, Value):
-            raise TypeError(f"{self.name} gave {type(first).__name__}, expected a tensor")
-        return first
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword, as the operator's schema has it."""
-        if position < len(self.arguments):
-            return self.arguments[position]
-        return self.keywords.get(name, default)
-
-
-@cache
-def _operator(function: torch._ops.OpOverload) -> str:
-    return str(function.overloadpacket)
-
-
-def values_in(items: Iterable[Any]) -> Iterator[Value]:
-    """The `Value`s among some items, lists and tuples of them included, in order."""
-    for item in items:
-        if isinstance(item, Value):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from values_in(item)
-
-
-@dataclass(eq=False)
-class Frame:
-    """A torch function that the network's own code called, and the operators it led to."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    """Positional arguments, then the values of the keyword arguments."""
-    keywords: tuple[str, ...]
-    """Names of the keyword arguments."""
-    result: Any
-    """What it returned, tensors replaced by `Value`s."""
-    calls: slice
-    module: str
-    entry: int = 0
-    """The number of the module's run that it belongs to: a module may run several times."""
-    ordinal: int = 0
-    """How many calls of the same function came before it in that run; -1 if it stands in for
-    another call."""
-
-    def keyword(self, name: str) -> Any:
-        """A keyword argument, None where it was not given."""
-        if name not in self.keywords:
-            return None
-        return self.arguments[self.keywords.index(name) - len(self.keywords)]
-
-    def argument(self, position: int, name: str) -> Any:
-        """An argument by position or keyword, None where it was not given."""
-        given = len(self.arguments) - len(self.keywords)
-        return self.arguments[position] if position < given else self.keyword(name)
-
-
-@dataclass
-class Recording:
-    """A forward pass: its calls and frames in order, and the values that leave the network."""
-
-    calls: list[Call] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[Any, ...]:
@@ -193,6 +85,9 @@ READS_DATA = frozenset(
 """Functions whose Python result depends on a tensor's elements."""
 
 
+_READS_ALL = frozenset({Tensor.tolist, Tensor.numpy})
+"""Those that read the memory and call no operator."""
+
 _HOLDERS = (Tensor, tuple, list, dict)
 """Arguments that are or may hold tensors."""
 
@@ -238,7 +133,7 @@ class ModuleStack:
 
 
 class _Operators(TorchDispatchMode):
-    """Turns the operators of a pass into `Call`s; `earnest` computes them all."""
+    """Turns the operators of a pass into `Call`s; `earnest` computes them all at once."""
 
     def __init__(self, net: nn.Module, *, earnest: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -251,6 +146,9 @@ class _Operators(TorchDispatchMode):
         self.count = 0
         self.earnest = earnest
         self.unknown: set[int] = set()
+        self.deferred = Deferred()
+        self.looked = False  # who has looked once will look at more that comes of it
+        self._looking = False
 
     def value(self, leaf: Any) -> Any:
         """The `Value` of a tensor; containers leaf by leaf, anything else unchanged."""
@@ -285,7 +183,9 @@ class _Operators(TorchDispatchMode):
         """The elements of the network's own inputs are unknown, unless they may be indices."""
         for leaf in tree_leaves((as_arguments(example_inputs), as_keywords(example_inputs))):
             if isinstance(leaf, Tensor) and not self.earnest:
-                self._new(leaf, unknown=leaf.is_floating_point())
+                value = self._new(leaf, unknown=leaf.is_floating_point())
+                if leaf.is_floating_point():
+                    self.deferred.hold(value, leaf)
 
     def knows(self, item: Any) -> bool:
         """Whether nothing in an argument is unknown."""
@@ -293,6 +193,19 @@ class _Operators(TorchDispatchMode):
             known = self._known(item)
             return known is None or known.index not in self.unknown
         return not isinstance(item, list | tuple) or all(map(self.knows, item))
+
+    def real(self, item: Any) -> Any:
+        """An argument with the true elements of its tensors: computed now, if need be."""
+        if isinstance(item, Tensor):
+            value = self._known(item)
+            if value is None or value.index not in self.unknown:
+                return item
+            self._looking = True
+            try:
+                return self.deferred.tensor(value)
+            finally:
+                self._looking = False
+        return type(item)(map(self.real, item)) if isinstance(item, list | tuple) else item
 
     def __torch_dispatch__(
         self,
@@ -302,47 +215,96 @@ class _Operators(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._looking:  # it was recorded when it was put off
+            return func(*args, **kwargs)
         arguments = tuple(self.value(argument) for argument in args)
         keywords = {key: self.value(item) for key, item in kwargs.items()}
         inputs = tuple(values_in((*arguments, *keywords.values()) if keywords else arguments))
-        known = self.earnest or not any(value.index in self.unknown for value in inputs)
+        unknown = [value for value in inputs if value.index in self.unknown]
+        looked = bool(unknown) and looks(func, args, lambda tensor: not self.knows(tensor))
+        writes = func._schema.is_mutable
+        self.looked |= looked
+        ready = self.looked and not writes and all(map(self.deferred.ready, unknown))
+        computed = looked or ready
         with torch._C.DisableTorchFunction():  # a scripted function's operators come here directly
-            result = func(*args, **kwargs) if known else self._guess(func, args, kwargs)
+            if not unknown:
+                self._write(func, args)
+                result = func(*args, **kwargs)
+            elif computed:
+                if writes:
+                    raise LookedError
+                result = func(*self.real(args), **{k: self.real(x) for k, x in kwargs.items()})
+            else:
+                result = self._guess(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if not known:
-            for output in outputs:
-                self._forget(output)
+        for output in outputs if unknown else ():
+            self._forget(output, looked=looked)
         recorded = tuple(self.value(output) for output in outputs)
         call = Call(func, arguments, keywords, inputs, recorded, self.modules.top)
         self.recording.calls.append(call)
+        if unknown and computed:
+            self.deferred.done(call, outputs)
+        elif unknown:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            known_as = ((self.value(x), x, self.knows(x)) for x in tensors)
+            self.deferred.put_off(call, known_as)
         return result
+
+    def _write(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+        """What was put off and reads the memory that an operator writes to comes first."""
+        if not self.earnest and func._schema.is_mutable:
+            for position in written(func):
+                if position < len(args) and isinstance(args[position], Tensor):
+                    self.deferred.before_writing(args[position])
 
     def _guess(
         self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The result of an operator on unknown tensors: zeros, or what it makes of zeros."""
-        if looks(func, args, lambda tensor: not self.knows(tensor)):
+        writes = func._schema.is_mutable
+        if writes and written(func) != [0]:
             raise LookedError
-        if func._schema.is_mutable and self.knows(args[0]):
-            target = args[0]
-            whole = target.numel() * target.itemsize == target.untyped_storage().nbytes()
-            if not (whole and target.is_floating_point()) or id(target) in self.names:
-                raise LookedError  # others know the memory that it writes to
+        if writes and self.knows(args[0]):
+            self._spoil(args[0])
         guess = zeros(func, args, kwargs)
         if guess is not None:
             return guess
-        result = func(*args, **kwargs)
-        if func._schema.is_mutable and not self.knows(args[0]):
-            args[0].zero_()  # its memory may be that of other zeros
-        return result
+        if not writes or torch.Tag.inplace_view in func.tags:
+            return func(*args, **kwargs)
+        func(torch.zeros_like(args[0]), *args[1:], **kwargs)  # an error of the network shows here
+        return args[0]
 
-    def _forget(self, output: Any) -> None:
-        """The elements of a result are unknown."""
-        if not isinstance(output, Tensor):
+    def _spoil(self, target: Tensor) -> None:
+        """Whatever lies in the memory of a known tensor becomes unknown.
+
+        Raises:
+            LookedError: a parameter or buffer lies there.
+        """
+        self.deferred.before_writing(target)
+        memory = target.untyped_storage().data_ptr()
+        if not memory:  # without elements
+            return
+        alive = [(reference(), value) for reference, value in self.values.values()]
+        there = [
+            (tensor, value)
+            for tensor, value in alive
+            if tensor is not None and tensor.untyped_storage().data_ptr() == memory
+        ]
+        for tensor, value in there:
+            if value.name is not None:
+                raise LookedError
+            self.unknown.add(value.index)
+            value.data = None
+            self.deferred.hold(value, tensor)
+        self.deferred.share(value for _, value in there)
+
+    def _forget(self, output: Any, *, looked: bool) -> None:
+        """The elements of a result are unknown, but for what was found out by looking."""
+        if not isinstance(output, Tensor) or (looked and not output.is_floating_point()):
             return
         value = self._known(output)
         if value is None:
-            self._new(output, unknown=True)
+            value = self._new(output, unknown=True)
         else:
             self.unknown.add(value.index)
 
@@ -386,9 +348,10 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         entry = self.operators.modules.entry
         ordinal = -1 if self.standing_in else self.count(func)
-        if func in READS_DATA and not self.operators.knows((*args, *kwargs.values())):
-            raise LookedError
-        result = func(*args, **kwargs)
+        if func in _READS_ALL:
+            result = func(*self.operators.real(args), **kwargs)
+        else:
+            result = func(*args, **kwargs)
         if is_frame(func, result):
             value = self.operators.value
             calls = slice(start, len(recording.calls))

@@ -28,15 +28,8 @@ from bevel.graph.arguments import integers, leaves, name_of, numbers
 from bevel.graph.faults import Fault, Kind, Written, is_user, place_of, user_frame
 from bevel.graph.layers import Layer
 from bevel.graph.prediction import Prediction
-from bevel.graph.record import (
-    READS_DATA,
-    Frame,
-    Recording,
-    Value,
-    decomposed,
-    is_frame,
-    run,
-)
+from bevel.graph.record import READS_DATA, decomposed, is_frame, run
+from bevel.graph.recording import Frame, Recording, Value
 from bevel.graph.stage import Stage
 
 

@@ -41,13 +41,15 @@ def looks(function: torch._ops.OpOverload, arguments: Sequence[Any], unknown: An
     """
     if function.namespace != "aten":  # what it does with elements is its own business
         return True
-    if function in _INDEXED:  # positions may be unknown, masks give a shape
+    if function == aten.index.Tensor:  # positions may be unknown, masks give a shape
         indices = [index for index in arguments[1] if isinstance(index, Tensor)]
         return any(index.dtype in (torch.bool, torch.uint8) and unknown(index) for index in indices)
+    if function in _ASSIGNED:
+        return False
     return not LOOKS.isdisjoint(function.tags)
 
 
-_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+_ASSIGNED = {aten.index_put.default, aten.index_put_.default}
 
 
 def zeros(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 _READERS = frozenset(
     {

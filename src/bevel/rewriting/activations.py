@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bevel.graph.record import Value
+from bevel.graph.recording import Value
 from bevel.models.fading import FUNCTIONS, Fading
 from bevel.rewriting.fitting import Error, by_channel, fit_relu, relative_error
 from bevel.rewriting.seen import Function, Node, Seen

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bevel.graph.record import ExampleInputs, Frame, Recording, Value, record, values_in
+from bevel.graph.record import ExampleInputs, record
+from bevel.graph.recording import Frame, Recording, Value, values_in
 
 Ref = tuple[int, int]
 """A tensor: its `Value`'s index, and how often it had been overwritten in place."""

@@ -26,7 +26,7 @@ from bevel.graph.ops import (
     views,
 )
 from bevel.graph.propagate import FrameHandler, Handler, Propagation
-from bevel.graph.record import Call
+from bevel.graph.recording import Call
 
 HANDLERS: dict[str, Handler] = {
     **convolution.HANDLERS,

@@ -12,7 +12,7 @@ from bevel.graph.layers import Layer, compact
 from bevel.graph.ops.elementwise import Operand, combine
 from bevel.graph.ops.matmul import contracted
 from bevel.graph.propagate import FrameHandler, Handler, Propagation
-from bevel.graph.record import Call, Frame, Value
+from bevel.graph.recording import Call, Frame, Value
 
 
 def attention(state: Propagation, call: Call) -> None:

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bevel.graph.layers import Extent, along
 from bevel.graph.propagate import Blocks, Handler, Propagation, SizeSite
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def convolution(state: Propagation, call: Call) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from bevel.graph.layers import Layer, widen
 from bevel.graph.ops.movement import repeated
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 Operand = tuple[tuple[int, ...], Sequence[Layer]]
 """Shape and layers of a tensor."""

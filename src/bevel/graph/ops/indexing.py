@@ -7,7 +7,7 @@ from torch import Tensor
 from bevel.graph.layers import Layer, along, settle, widen
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def index(state: Propagation, call: Call) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bevel.graph.layers import Layer, settle
 from bevel.graph.ops.views import reshape
 from bevel.graph.propagate import Blocks, Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def cat(state: Propagation, call: Call) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bevel.graph.layers import Extent, Layer, along, widen
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def mm(state: Propagation, call: Call) -> None:

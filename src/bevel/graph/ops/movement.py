@@ -11,7 +11,7 @@ from torch import Tensor
 from bevel.graph.layers import Extent, Layer, along, settle, widen
 from bevel.graph.ops.views import reshape
 from bevel.graph.propagate import Blocks, FrameHandler, Handler, Propagation, SizeSite
-from bevel.graph.record import Call, Frame, Value
+from bevel.graph.recording import Call, Frame, Value
 
 
 def permute(state: Propagation, call: Call) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from bevel.graph.layers import Extent, Layer
 from bevel.graph.ops.elementwise import combine
 from bevel.graph.propagate import Blocks, Handler, Propagation, SizeSite
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def batch_norm(state: Propagation, call: Call) -> None:

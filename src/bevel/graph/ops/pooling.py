@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bevel.graph.layers import Layer, along, widen
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def pool(state: Propagation, call: Call) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bevel.graph.layers import along
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def recurrent(state: Propagation, call: Call) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bevel.graph.layers import Layer, widen
 from bevel.graph.propagate import Handler, Propagation
-from bevel.graph.record import Call, Value
+from bevel.graph.recording import Call, Value
 
 
 def reduce(state: Propagation, call: Call) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bevel.graph.layers import Layer, settle
 from bevel.graph.propagate import Blocks, Handler, Propagation
-from bevel.graph.record import Call
+from bevel.graph.recording import Call
 
 MOST_LAYERS = 4
 """Independent axes that a merged one may stand for: the kernel of a 2-d convolution has four."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevel.core.modes import evaluating
-from bevel.graph.record import Value, values_in
+from bevel.graph.recording import Value, values_in
 from bevel.rewriting.fitting import Error, relative_error
 from bevel.rewriting.reconstruction import best_change
 from bevel.rewriting.seen import Node, Seen
