@@ -320,11 +320,37 @@ def test_detectors_are_recorded_at_once(build, monkeypatch):
     assert outline(guessed) == outline(recording._record(net, (image,), earnest))
 
 
+class Scoring(nn.Module):
+    """Looks at one head's answer; writes that of another head into a table, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.score = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        best = int(self.score(x).argmax().item())
+        answers, table = self.head(x), torch.zeros(3, 2)
+        for row in range(3):
+            table[row] = answers[best] * row
+        return table
+
+
 def test_what_nobody_looks_at_is_not_computed():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    net = Scoring().eval()
     operators = recording._Operators(net, earnest=False)
-    recording._record(net, torch.randn(1, 3, 8, 8), operators)
-    assert len(operators.deferred) == 3
+    ran: list[str] = []
+    once = deferred.Deferred._run
+
+    def run(self, position):
+        ran.append(self._pending[position].module)
+        once(self, position)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred.Deferred, "_run", run)
+        recording._record(net, torch.randn(5, 4), operators)
+    assert set(ran) == {"trunk", "score", ""}
 
 
 class Keeping(nn.Module):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bevel.graph.recording import Call, Value
+
+Seen = dict[int, "weakref.ref[Tensor]"]
+"""What the network's code has of values."""
 
 FEW = 1 << 16
 """Elements up to which computing takes no longer than putting off."""
@@ -29,11 +32,16 @@ class Deferred:
     read what was there before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module, unknown: set[int], seen: Seen) -> None:
+        """`unknown` and `seen` are the recorder's, by the values' indices, and go on changing."""
+        self._net = net
+        self._unknown = unknown
+        self._seen = seen
+        self._new: list[tuple[Call, Any]] = []
+        self._named: dict[str, Tensor] = {}
         self._real: dict[int, Tensor] = {}  # by the value's index: its elements
         self._given: dict[int, Tensor] = {}  # of those that were never unknown
-        self._seen: dict[int, weakref.ref[Tensor]] = {}  # what the network's code has of a value
-        self._true: set[int] = set()  # of these, those with the right elements
+        self._true: set[int] = set()  # of those seen, the unknown ones with the right elements
         self._memory: dict[int, int] = {}
         self._pending: dict[int, Call] = {}
         self._writers: defaultdict[int, set[int]] = defaultdict(set)
@@ -44,11 +52,10 @@ class Deferred:
 
     def __len__(self) -> int:
         """How many calls have not been carried out."""
-        return len(self._pending)
+        return len(self._new) + len(self._pending)
 
-    def hold(self, value: Value, tensor: Tensor) -> None:
-        """The elements of an unknown value are in this tensor, which the network's code has."""
-        self._seen[value.index] = weakref.ref(tensor)
+    def hold(self, value: Value) -> None:
+        """The tensor that the network's code has of an unknown value has its elements."""
         self._true.add(value.index)
 
     def share(self, values: Iterable[Value]) -> None:
@@ -56,22 +63,38 @@ class Deferred:
         first, *others = (value.index for value in values)
         self._memory |= dict.fromkeys(others, self._memory.get(first, first))
 
-    def put_off(self, call: Call, tensors: Iterable[tuple[Value, Tensor, bool]]) -> None:
+    def put_off(self, call: Call, arguments: Any) -> None:
         """Carry a call out later.
 
         Args:
             call: what was recorded of it.
-            tensors: its inputs and outputs, with the tensors that the network's code has of them,
-                and whether their elements are known.
+            arguments: its positional arguments and its keyword arguments, with their tensors.
         """
+        loose = any(
+            value.name is None and (value.index not in self._unknown or value.index in self._true)
+            for value in call.inputs
+        )
+        self._new.append((call, arguments if loose else ()))
+
+    def _take_in(self) -> None:
+        """Note what the new calls need: only a pass that looks has to."""
+        if self._new and not self._named:
+            self._named = {**dict(self._net.named_buffers()), **dict(self._net.named_parameters())}
+        for call, arguments in self._new:
+            self._take(call, arguments)
+        self._new.clear()
+
+    def _take(self, call: Call, arguments: Any) -> None:
         position, self._count = self._count, self._count + 1
-        for value, tensor, known in tensors:
-            if known:
-                self._given[value.index] = tensor
-            elif value.index in self._true:
-                self._real[value.index] = tensor
-            elif value.index not in self._seen:
-                self._seen[value.index] = weakref.ref(tensor)
+        for value in call.inputs:
+            if value.name is not None:
+                self._given[value.index] = self._named[value.name]
+        if arguments:
+            for value, tensor in pairs((call.arguments, call.keywords), arguments):
+                if value.index in self._true:
+                    self._real[value.index] = tensor
+                elif value.index not in self._unknown:
+                    self._given[value.index] = tensor
         outputs = self._placed(call)
         self._pending[position] = call
         for value in outputs:
@@ -80,17 +103,18 @@ class Deferred:
             self._readers[self._place(value)].add(position)
         self._uses.update(value.index for value in call.inputs)
 
-    def done(self, call: Call, results: Iterable[Any]) -> None:
-        """Keep what a call gave that was not put off."""
-        for value, tensor in zip(call.outputs, results, strict=True):
-            if isinstance(value, Value):
-                self.hold(value, tensor)
-        self._placed(call)
+    def done(self, call: Call) -> None:
+        """A call was not put off: what the network's code has of its results are the elements."""
+        self._true.update(value.index for value in self._placed(call))
 
     def ready(self, value: Value) -> bool:
         """Whether the elements of an unknown value are there, and few."""
         tensor = self._elements(value)
-        return tensor is not None and tensor.numel() <= FEW
+        if tensor is None or tensor.numel() > FEW:
+            return False
+        self._take_in()
+        writers = self._writers[self._place(value)]
+        return not any(self._pending[p].function._schema.is_mutable for p in writers)
 
     def _placed(self, call: Call) -> list[Value]:
         """The results of a call, noted to lie where its schema says."""
@@ -102,6 +126,7 @@ class Deferred:
 
     def tensor(self, value: Value) -> Tensor:
         """The elements of an unknown value."""
+        self._take_in()
         self._carry_out(self._writers[self._place(value)])
         tensor = self._elements(value)
         if tensor is None:
@@ -114,8 +139,7 @@ class Deferred:
 
     def before_writing(self, target: Tensor) -> None:
         """Carry out what reads a known tensor's memory, before the network writes to it."""
-        if not self._pending:
-            return
+        self._take_in()
         memory = target.untyped_storage().data_ptr()
         for index, tensor in self._given.items():
             readers = self._readers[self._memory.get(index, index)]
@@ -175,6 +199,18 @@ class Deferred:
             seen = self._seen.get(index)
             if not self._uses[index] and (seen is None or seen() is None):
                 self._real.pop(index, None)
+
+
+def pairs(recorded: Any, given: Any) -> Iterator[tuple[Value, Tensor]]:
+    """The values of recorded arguments with the tensors in the same places."""
+    if isinstance(recorded, Value):
+        yield recorded, given
+    elif isinstance(recorded, Mapping):
+        for key, item in recorded.items():
+            yield from pairs(item, given[key])
+    elif isinstance(recorded, list | tuple):
+        for one, other in zip(recorded, given, strict=True):
+            yield from pairs(one, other)
 
 
 @cache

@@ -146,7 +146,8 @@ class _Operators(TorchDispatchMode):
         self.count = 0
         self.earnest = earnest
         self.unknown: set[int] = set()
-        self.deferred = Deferred()
+        self.seen: dict[int, weakref.ref[Tensor]] = {}
+        self.deferred = Deferred(net, self.unknown, self.seen)
         self.looked = False  # who has looked once will look at more that comes of it
         self._looking = False
 
@@ -174,7 +175,8 @@ class _Operators(TorchDispatchMode):
         name = self.names.get(id(tensor))
         value = Value(self.count, tuple(tensor.shape), name, data, tensor.dtype)
         self.count += 1
-        self.values[id(tensor)] = (weakref.ref(tensor), value)
+        self.seen[value.index] = reference = weakref.ref(tensor)
+        self.values[id(tensor)] = (reference, value)
         if unknown:
             self.unknown.add(value.index)
         return value
@@ -185,7 +187,7 @@ class _Operators(TorchDispatchMode):
             if isinstance(leaf, Tensor) and not self.earnest:
                 value = self._new(leaf, unknown=leaf.is_floating_point())
                 if leaf.is_floating_point():
-                    self.deferred.hold(value, leaf)
+                    self.deferred.hold(value)
 
     def knows(self, item: Any) -> bool:
         """Whether nothing in an argument is unknown."""
@@ -243,11 +245,9 @@ class _Operators(TorchDispatchMode):
         call = Call(func, arguments, keywords, inputs, recorded, self.modules.top)
         self.recording.calls.append(call)
         if unknown and computed:
-            self.deferred.done(call, outputs)
+            self.deferred.done(call)
         elif unknown:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            known_as = ((self.value(x), x, self.knows(x)) for x in tensors)
-            self.deferred.put_off(call, known_as)
+            self.deferred.put_off(call, (args, kwargs))
         return result
 
     def _write(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
@@ -286,17 +286,17 @@ class _Operators(TorchDispatchMode):
             return
         alive = [(reference(), value) for reference, value in self.values.values()]
         there = [
-            (tensor, value)
+            value
             for tensor, value in alive
             if tensor is not None and tensor.untyped_storage().data_ptr() == memory
         ]
-        for tensor, value in there:
+        for value in there:
             if value.name is not None:
                 raise LookedError
             self.unknown.add(value.index)
             value.data = None
-            self.deferred.hold(value, tensor)
-        self.deferred.share(value for _, value in there)
+            self.deferred.hold(value)
+        self.deferred.share(there)
 
     def _forget(self, output: Any, *, looked: bool) -> None:
         """The elements of a result are unknown, but for what was found out by looking."""
