@@ -112,16 +112,20 @@ def with_bevel(network: Network, report: Report) -> None:
 
     net, inputs = _prepare(network, report)
     memory = _peak_bytes()
-    plan, refusal = _plan(net, inputs, report)
+    with report.timed("plan"):
+        plan, refusal = _plan(net, inputs, report)
     if plan is None:
-        report.put(outcome="limited", reason=refusal, macs_left=1.0, params_left=1.0)
+        seconds = report.numbers["plan_s"]
+        report.put(
+            outcome="limited", reason=refusal, total_s=seconds, macs_left=1.0, params_left=1.0
+        )
         return
     with report.timed("slice"):
         pruned = prune(net, plan, inplace=True)
     numbers = report.numbers
     more = _peak_bytes() - memory
     report.put(
-        total_s=numbers.get("refused_s", 0.0) + numbers["plan_s"] + numbers["slice_s"],
+        total_s=numbers["plan_s"] + numbers["slice_s"],
         memory_bytes=more,
         memory_ratio=more / numbers["bytes"],
         macs_before=plan.before.macs,
@@ -161,27 +165,22 @@ def _plan(net: nn.Module, inputs: tuple[Any, ...], report: Report) -> tuple[Any,
     Raises:
         PruningError: the request failed for another reason than its size.
     """
-    from bevel import plan_pruning
+    from bevel import analyze, plan_pruning
     from bevel.core.errors import PruningError
 
-    def request(budget: float) -> Any:
-        return plan_pruning(
-            net, inputs, criterion="l2", allocate="global", budget={"macs": budget}, align=ALIGN
-        )
-
-    start, budget = time.perf_counter(), BUDGET
-    refusal = None
+    analysis = analyze(net, inputs)
+    asked: dict[str, Any] = {"criterion": "l2", "allocate": "global", "align": ALIGN}
+    budget, refusal = BUDGET, None
     for _ in range(ATTEMPTS):
+        limits = {"macs": budget}
         try:
-            with report.timed("plan"):
-                return request(budget), refusal
+            return plan_pruning(net, inputs, budget=limits, analysis=analysis, **asked), refusal
         except PruningError as error:
             message, reachable = _without_paths(one_line(error, 400)), _reachable(error)
             if reachable is None and "no group of this network can be pruned" not in message:
                 raise
         refusal = message
-        seconds = time.perf_counter() - start
-        report.put(refused_s=seconds, total_s=seconds, reachable=reachable, reason=refusal)
+        report.put(reachable=reachable, reason=refusal)
         if reachable is None or reachable > 0.99:
             break
         budget = reachable + 0.005

@@ -294,3 +294,24 @@ def test_units_inside_runs_share_an_index_with_them():
                   group("beside", [-1, -1, -1, -1, 0, 1]))  # fmt: skip
 
     assert inside_runs(Groups()) == {1}
+
+
+def test_an_analysis_serves_several_plans(monkeypatch):
+    net = Plain().eval()
+    analysis = bevel.analyze(net, EXAMPLE)
+    budgets = [{"macs": 0.8}, {"macs": 0.6}]
+    fresh = [bevel.plan_pruning(net, EXAMPLE, budget=b, align=1) for b in budgets]
+    monkeypatch.setattr("bevel.pruning.planning.analyze", None)
+    for budget, plan in zip(budgets, fresh, strict=True):
+        again = bevel.plan_pruning(net, EXAMPLE, budget=budget, align=1, analysis=analysis)
+        assert again == plan
+
+
+def test_an_analysis_of_another_network_or_request_is_refused():
+    net = Plain().eval()
+    analysis = bevel.analyze(net, EXAMPLE)
+    with pytest.raises(PruningError, match=r"give it to bevel\.analyze"):
+        bevel.plan_pruning(net, EXAMPLE, budget={"macs": 0.8}, analysis=analysis, ignore=["conv1"])
+    wider = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(PruningError, match=r"of another network: 0\.weight is 8x3x3x3 here"):
+        bevel.plan_pruning(wider, EXAMPLE, budget={"macs": 0.8}, analysis=analysis)

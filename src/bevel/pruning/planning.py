@@ -47,6 +47,7 @@ def plan_pruning(
     calibration: LabelledBatches | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
+    analysis: Analysis | None = None,
 ) -> PruningPlan:
     """Choose what to remove. The network is not changed.
 
@@ -76,6 +77,8 @@ def plan_pruning(
         seed: for criteria that draw random numbers.
         folder: where what is measured on images is kept (`sensitivity.json` of allocators,
             `scores` of criteria), so that a killed call goes on; None: nowhere.
+        analysis: what `bevel.analyze` said of this network and these inputs, `ignore` included;
+            None: it is asked now. Several plans for one network need one analysis.
 
     Raises:
         PruningError: the request contradicts itself or cannot be met; says what can be, in
@@ -90,7 +93,10 @@ def plan_pruning(
     if calibration is None:
         check_calibration(criterion)
     allocator = _allocator(allocate, can_measure=calibration is not None or ratios is not None)
-    analysis = analyze(net, example_inputs, ignore=ignore)
+    if analysis is None:
+        analysis = analyze(net, example_inputs, ignore=ignore)
+    else:
+        _check_analysis(analysis, net, ignore)
     scores = score_groups(
         net,
         analysis,
@@ -123,6 +129,21 @@ def plan_pruning(
         kept = allocator.allocate(problem)
     keep = {g.index: g.keep_mask(int(k)) for g, k in zip(groups, kept, strict=True)}
     return make_plan(analysis, keep, request=request, notes=notes)
+
+
+def _check_analysis(analysis: Analysis, net: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse an analysis that was made of another network, or for another request."""
+    if ignore:
+        raise PruningError("ignore decides what an analysis finds: give it to bevel.analyze")
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    for name, tensor in tensors:
+        shape = analysis.shapes.get(name)
+        if shape != tuple(tensor.shape):
+            there = "x".join(map(str, shape)) if shape is not None else "missing"
+            raise PruningError(
+                f"the analysis is of another network: {name} is "
+                f"{'x'.join(map(str, tensor.shape))} here and {there} there; analyze this one"
+            )
 
 
 def _allocator(name: str, *, can_measure: bool) -> Allocator:
