@@ -1,13 +1,18 @@
-"""The distillation loss against its formula."""
+"""The distillation loss against its formula, and when the teacher is asked."""
 
 import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
+from tiny_training import Interrupted, TinyData, tiny_net
 from torch import nn
 from torch.nn import functional as F
 
+from bevel.core.steps import TrainStep
+from bevel.finetuning import finetune
 from bevel.finetuning.distill import combined_loss, distillation_loss, seeing
+from bevel.finetuning.state import digest
 
 
 def test_it_is_zero_for_equal_outputs_and_matches_the_formula():
@@ -53,3 +58,51 @@ def test_a_teacher_is_shown_the_size_that_it_knows():
         assert torch.equal(teacher(small), net(enlarged))
         assert not torch.allclose(teacher(small), net(small), atol=1e-3)
         assert torch.equal(teacher(large), net(large))
+
+
+class Counting(nn.Module):
+    """A teacher that counts the batches it is asked about; its copies share the count."""
+
+    asked = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net(seed=9)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        Counting.asked += 1
+        return self.net(images)
+
+
+def taught(views: int | None, epochs: int = 4, **others):
+    settings = TrainStep(
+        epochs=epochs, precision="float32", compile="never", distill={"views": views}
+    )
+    Counting.asked = 0
+    return finetune(
+        tiny_net(), others.pop("data", TinyData()), settings, teacher=Counting(), **others
+    )
+
+
+def test_a_view_is_asked_about_once():
+    steps = len(TinyData().train_batches(seed=0, epoch=0))
+    always = taught(None)
+    assert Counting.asked == 4 * steps
+    once = taught(4)
+    assert Counting.asked == 4 * steps
+    assert digest(once.net) == digest(always.net)  # all views are new ones
+    again = taught(2)
+    assert Counting.asked == 2 * steps
+    assert digest(again.net) != digest(always.net)
+
+
+def test_a_training_with_views_resumes_exactly(tmp_path):
+    whole = taught(3)
+    with pytest.raises(KeyboardInterrupt):
+        taught(3, data=Interrupted(2), folder=tmp_path)
+    assert digest(taught(3, folder=tmp_path).net) == digest(whole.net)
+
+
+def test_feature_maps_are_not_kept():
+    with pytest.raises(ValidationError, match="not its feature maps"):
+        TrainStep(epochs=1, distill={"views": 2, "features": 1.0})

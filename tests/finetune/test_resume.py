@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import TinyData, tiny_net
+from tiny_training import Interrupted, TinyData, tiny_net
 
 from bevel.core.errors import RunFolderError
 from bevel.core.steps import TrainStep
@@ -17,19 +17,6 @@ from bevel.finetuning import finetune
 from bevel.finetuning.state import EPOCH_FILE, EXECUTION_FILE, digest
 
 JOB = Path(__file__).with_name("training_job.py")
-
-
-class Interrupted(TinyData):
-    """Somebody stops the training as the epoch begins, counted from 0."""
-
-    def __init__(self, epoch: int) -> None:
-        super().__init__()
-        self.epoch = epoch
-
-    def train_batches(self, *, seed, epoch):
-        if epoch == self.epoch:
-            raise KeyboardInterrupt
-        return super().train_batches(seed=seed, epoch=epoch)
 
 
 def test_killed_mid_epoch_and_while_saving_ends_with_the_same_bits(tmp_path):

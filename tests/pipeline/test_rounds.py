@@ -113,6 +113,12 @@ def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     )
     assert sum(p.numel() for p in net.parameters()) < numbers["params_before"]
 
+    identities = [
+        json.loads(path.read_text())["identity"]
+        for path in tmp_path.glob("run/steps/*/training/execution.json")
+    ]
+    assert len({identity["seed"] for identity in identities}) == len(identities) == 3
+
     # Killed before the last round was written down: what was done before is not done again.
     record["steps"], record["finished"], record["measurements"] = record["steps"][:4], None, []
     (tmp_path / "run/run.json").write_text(json.dumps(record))

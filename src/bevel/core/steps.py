@@ -32,6 +32,22 @@ class Distill(Section):
         description="weight of the relative squared distance between feature maps, those at the "
         "ends of the stages, added to the loss; above 0, steps run uncompiled",
     )
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        description="epochs go round this many augmentations of the images, and the original is "
+        "asked about each once: later epochs cost no more than training without it; default: new "
+        "ones in every epoch",
+    )
+
+    @model_validator(mode="after")
+    def answers_only(self) -> Distill:
+        """Feature maps are too large to be kept."""
+        if self.views is not None and self.features > 0:
+            raise ValueError(
+                "views keeps the original's answers, not its feature maps: leave one out"
+            )
+        return self
 
 
 ADAMW_LR = 0.0005

@@ -82,8 +82,14 @@ class Stepper:
         self._shape = self._compiled = self._compiled_teacher = None
         self.execution = Execution(self.execution.dtype, self.execution.memory_format, False)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The training loss of a batch, a float32 scalar."""
+    def loss(self, images: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
+        """The training loss of a batch, a float32 scalar.
+
+        Args:
+            images: shape (N, C, H, W).
+            labels: shape (N,).
+            answers: the teacher's logits (N, classes), if they are known; else it is asked.
+        """
         images = images.to(self.device, memory_format=self._format, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         forward = self.forward
@@ -91,7 +97,9 @@ class Stepper:
             forward = self._compiled
         mixed = self.execution.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            answers, taught = self._ask(images)
+            taught: dict[str, Tensor] = {}
+            if answers is None:
+                answers, taught = self._ask(images)
             with feature_maps(self.net, self.sites) as maps:
                 logits = _logits(forward(images), "the network")
         distill = self.settings.distill
@@ -122,14 +130,26 @@ class Stepper:
         with torch.no_grad(), feature_maps(self.teacher, self.sites) as maps:
             return _logits(ask(images), "the teacher"), maps
 
+    def ask(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits (N, classes), None without a teacher."""
+        images = images.to(self.device, memory_format=self._format, non_blocking=True)
+        mixed = self.execution.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            return self._ask(images)[0]
+
     def step(
-        self, images: Tensor, labels: Tensor, penalty: Callable[[nn.Module], None] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        penalty: Callable[[nn.Module], None] | None = None,
+        answers: Tensor | None = None,
     ) -> Tensor:
         """Change the weights by one batch; returns the detached loss.
 
-        `penalty` adds what it wants to the gradients before the weights move.
+        `penalty` adds what it wants to the gradients before the weights move; `answers` are the
+        teacher's, if they are known.
         """
-        loss = self.loss(images, labels)
+        loss = self.loss(images, labels, answers)
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(loss)
         if penalty is not None:

@@ -180,6 +180,7 @@ class _Loop:
         self.unfreezing = self._unfreezing()
         self.average = averaged(self.stepper.net, decay) if decay is not None else None
         self.history: list[dict[str, Any]] = []
+        self.answers: dict[tuple[int, int], Tensor | None] = {}
 
     def run(self) -> Trained:
         """Train the epochs that are missing."""
@@ -218,7 +219,9 @@ class _Loop:
             self._fade(epoch * self.steps + number)
             if len(images) < 2 <= self.batch_size:
                 continue  # a batch norm has no variance from a left-over single image
-            total += self.stepper.step(images, labels, self._penalty(epoch * self.steps + number))
+            penalty = self._penalty(epoch * self.steps + number)
+            answers = self._answers(epoch, number, images)
+            total += self.stepper.step(images, labels, penalty, answers)
             taken += 1
             if self.average is not None:
                 self.average.update_parameters(self.stepper.net)
@@ -290,9 +293,27 @@ class _Loop:
             )
         return Unfreezing(self.stepper.net, self.settings.unfreeze)
 
+    def _view(self, epoch: int) -> int:
+        """The epoch whose images are shown: the same again and again, where few views are kept."""
+        distill = self.settings.distill
+        return epoch if distill is None or distill.views is None else epoch % distill.views
+
+    def _answers(self, epoch: int, number: int, images: Tensor) -> Tensor | None:
+        """The teacher's logits for a batch that comes again, None where it is to be asked anew.
+
+        A resumed training asks again for the same batches, and so gets the same answers.
+        """
+        distill = self.settings.distill
+        if distill is None or distill.views is None:
+            return None
+        key = self._view(epoch), number
+        if key not in self.answers:
+            self.answers[key] = self.stepper.ask(images)
+        return self.answers[key]
+
     def _batches(self, epoch: int) -> Batches:
         """This process's share of the epoch's training batches."""
-        batches = self.data.train_batches(seed=self.seed, epoch=epoch)
+        batches = self.data.train_batches(seed=self.seed, epoch=self._view(epoch))
         if self.accelerator.num_processes == 1:
             return batches
         return _Share(batches, self.accelerator.process_index, self.accelerator.num_processes)
