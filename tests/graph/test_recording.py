@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -235,7 +237,7 @@ class Program(nn.Module):
     def __init__(self, steps: list[tuple[int, int, int]]) -> None:
         super().__init__()
         self.steps = steps
-        self.linear = nn.Linear(SIDE, SIDE)
+        self.linear, self.conv = nn.Linear(SIDE, SIDE), nn.Conv2d(1, 1, 1)
         self.seen: list[object] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,12 +283,16 @@ class Program(nn.Module):
                 tensors.append(torch.cat([a, b])[torch.argsort(a[:, 0])])
             case 15:
                 a.copy_(b.double())
+            case 16:
+                self.conv.weight.mul_(0.5)
+            case 17:
+                tensors.append(self.conv(a[None, None])[0, 0])
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
-        st.tuples(st.integers(0, 15), st.integers(0, 12), st.integers(0, 12)),
+        st.tuples(st.integers(0, 17), st.integers(0, 12), st.integers(0, 12)),
         min_size=1,
         max_size=30,
     ),
@@ -295,12 +301,16 @@ class Program(nn.Module):
 @example(
     [(8, 0, 0), (1, 0, 3), (5, 2, 1), (9, 2, 0), (9, 4, 0)], 0
 )  # reads a view of what is written to
+@example([(1, 0, 2), (4, 2, 0), (9, 3, 0)], 0)  # a constant
+@example([(17, 0, 0), (16, 0, 0), (9, 3, 0)], 0)  # a weight
 def test_whatever_a_network_looks_at_is_right(steps, few):
     torch.manual_seed(0)
     net, x = Program(steps).eval(), torch.randn(SIDE, SIDE)
+    weights = copy.deepcopy(net.state_dict())
     with torch.no_grad():
         net(x.clone())
     expected = net.seen
+    net.load_state_dict(weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deferred, "FEW", few)
         recording._record(net, x.clone(), recording._Operators(net, earnest=False))

@@ -39,6 +39,7 @@ class Deferred:
         self._seen = seen
         self._new: list[tuple[Call, Any]] = []
         self._named: dict[str, Tensor] = {}
+        self._lent: set[int] = set()  # the memory that known inputs of calls lie in
         self._real: dict[int, Tensor] = {}  # by the value's index: its elements
         self._given: dict[int, Tensor] = {}  # of those that were never unknown
         self._true: set[int] = set()  # of those seen, the unknown ones with the right elements
@@ -75,14 +76,23 @@ class Deferred:
             for value in call.inputs
         )
         self._new.append((call, arguments if loose else ()))
+        if loose:
+            for value, tensor in pairs((call.arguments, call.keywords), arguments):
+                if value.index not in self._unknown:
+                    self._lent.add(tensor.untyped_storage().data_ptr())
 
     def _take_in(self) -> None:
         """Note what the new calls need: only a pass that looks has to."""
         if self._new and not self._named:
-            self._named = {**dict(self._net.named_buffers()), **dict(self._net.named_parameters())}
+            self._name()
         for call, arguments in self._new:
             self._take(call, arguments)
         self._new.clear()
+
+    def _name(self) -> None:
+        """Note the parameters and buffers, and where they lie."""
+        self._named = {**dict(self._net.named_buffers()), **dict(self._net.named_parameters())}
+        self._lent.update(t.untyped_storage().data_ptr() for t in self._named.values())
 
     def _take(self, call: Call, arguments: Any) -> None:
         position, self._count = self._count, self._count + 1
@@ -139,8 +149,14 @@ class Deferred:
 
     def before_writing(self, target: Tensor) -> None:
         """Carry out what reads a known tensor's memory, before the network writes to it."""
-        self._take_in()
         memory = target.untyped_storage().data_ptr()
+        if not self._new and not self._pending:
+            return
+        if not self._named:
+            self._name()
+        if memory not in self._lent:
+            return
+        self._take_in()
         for index, tensor in self._given.items():
             readers = self._readers[self._memory.get(index, index)]
             if readers and memory and tensor.untyped_storage().data_ptr() == memory:

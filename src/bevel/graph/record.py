@@ -5,7 +5,7 @@ network runs to get there, so nothing has to be traced, scripted or exported. A
 `TorchFunctionMode` sees the functions that the network's own code calls; the pass can be
 rehearsed function by function with other sizes (`graph.rehearse`). Tensors become `Value`s; a
 `Value` that is a parameter or buffer knows its name. The arithmetic is left out (`graph.unknown`)
-unless the network looks at what it has computed.
+but for what the network looks at (`graph.deferred`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bevel.core.modes import evaluating
 from bevel.graph.deferred import Deferred, written
 from bevel.graph.holding import holding
 from bevel.graph.recording import Call, Frame, Recording, Value, values_in
-from bevel.graph.unknown import LookedError, looks, zeros
+from bevel.graph.unknown import LostTrackError, looks, zeros
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor, the positional arguments of the network's forward, or its keyword arguments."""
@@ -234,7 +234,7 @@ class _Operators(TorchDispatchMode):
                 result = func(*args, **kwargs)
             elif computed:
                 if writes:
-                    raise LookedError
+                    raise LostTrackError
                 result = func(*self.real(args), **{k: self.real(x) for k, x in kwargs.items()})
             else:
                 result = self._guess(func, args, kwargs)
@@ -263,7 +263,7 @@ class _Operators(TorchDispatchMode):
         """The result of an operator on unknown tensors: zeros, or what it makes of zeros."""
         writes = func._schema.is_mutable
         if writes and written(func) != [0]:
-            raise LookedError
+            raise LostTrackError
         if writes and self.knows(args[0]):
             self._spoil(args[0])
         guess = zeros(func, args, kwargs)
@@ -278,7 +278,7 @@ class _Operators(TorchDispatchMode):
         """Whatever lies in the memory of a known tensor becomes unknown.
 
         Raises:
-            LookedError: a parameter or buffer lies there.
+            LostTrackError: a parameter or buffer lies there.
         """
         self.deferred.before_writing(target)
         memory = target.untyped_storage().data_ptr()
@@ -292,7 +292,7 @@ class _Operators(TorchDispatchMode):
         ]
         for value in there:
             if value.name is not None:
-                raise LookedError
+                raise LostTrackError
             self.unknown.add(value.index)
             value.data = None
             self.deferred.hold(value)
@@ -402,8 +402,8 @@ def decomposed() -> Any:
 def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
     """Run the network once in eval mode, without gradients, and return what it did.
 
-    The first try does without the arithmetic, and takes back what the pass leaves on the modules;
-    if the network looks at what it computes, or fails, it is run in earnest.
+    The first try leaves out the arithmetic that nobody looks at, and takes back what the pass
+    leaves on the modules; if it fails, or loses track, the network is run in earnest.
 
     Raises:
         ModelError: the network cannot be called with these inputs.
@@ -411,7 +411,7 @@ def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
     try:
         with holding(net):
             return _record(net, example_inputs, _Operators(net, earnest=False))
-    except (LookedError, *FORWARD_FAULTS):
+    except (LostTrackError, *FORWARD_FAULTS):
         pass
     operators = _Operators(net, earnest=True)
     try:

@@ -1,10 +1,10 @@
-"""A pass without its arithmetic: activations hold zeros, and nobody may look at them.
+"""A pass without its arithmetic: activations hold zeros until somebody looks at them.
 
 A recording needs the sizes of activations, not their elements. Whatever descends from the inputs
 is *unknown*: operators that cost much give zeros of the right shape, the others compute with what
 they get. What the network computes from its constants (indices, masks, tables) is computed as
-ever. Where the code looks at an unknown element, `LookedError` says that the pass has to be run
-in earnest.
+ever. Where the code looks at an unknown element, what was left out is made up for
+(`graph.deferred`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bevel.graph import memory
 aten = torch.ops.aten
 
 
-class LookedError(BaseException):
-    """The pass looked at an unknown element.
+class LostTrackError(BaseException):
+    """Unknown elements went where they cannot be followed: the pass has to be run in earnest.
 
     Not an `Exception`, so that no `except` in the network's code takes it for its own.
     """
