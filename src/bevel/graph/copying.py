@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bevel.graph.naming import named_modules
+
 
 def copy_with(net: nn.Module, replaced: dict[int, Any]) -> nn.Module:
     """A deep copy that holds `replaced[id(tensor)]` in place of each tensor named there.
@@ -21,7 +23,7 @@ def copy_with(net: nn.Module, replaced: dict[int, Any]) -> nn.Module:
     """
     memo = dict(replaced)
     plain = []
-    for module in net.modules():
+    for module in named_modules(net).values():
         for name, value in vars(module).items():
             if name in _OF_MODULES or _is_atom(value):
                 continue
@@ -73,7 +75,7 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under every name that it has."""
     return {
         f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in net.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(net, repeated=True).items()
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None

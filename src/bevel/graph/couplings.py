@@ -192,7 +192,7 @@ def analyze(
                     ) from error
             else:
                 break
-        return _analysis(net, state, grouping, buffers(recording), batch_size(example_inputs))
+        return _analysis(state, grouping, buffers(recording), batch_size(example_inputs))
 
 
 def _activation(state: Propagation, grouping: Grouping, buffer: Buffer, batch: int) -> Activation:
@@ -214,7 +214,6 @@ def _ignore(state: Propagation, ignore: Sequence[str]) -> None:
 
 
 def _analysis(
-    net: nn.Module,
     state: Propagation,
     grouping: Grouping,
     held: Sequence[Buffer],
@@ -225,7 +224,9 @@ def _analysis(
         for term in state.costs
     )
     params = []
-    for name, parameter in net.named_parameters():
+    for name, parameter in state.parameters.items():
+        if not isinstance(parameter, nn.Parameter):  # a buffer
+            continue
         axes = state.axes.get(name, [])
         live = [(dim, ids) for dim, ids in enumerate(axes) if ids is not None]
         factor = float(parameter.numel())

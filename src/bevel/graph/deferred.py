@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bevel.graph.recording import Call, Value
 
@@ -32,14 +32,17 @@ class Deferred:
     read what was there before.
     """
 
-    def __init__(self, net: nn.Module, unknown: set[int], seen: Seen) -> None:
-        """`unknown` and `seen` are the recorder's, by the values' indices, and go on changing."""
-        self._net = net
+    def __init__(self, named: Mapping[str, Tensor], unknown: set[int], seen: Seen) -> None:
+        """`unknown` and `seen` are the recorder's, by the values' indices, and go on changing.
+
+        `named` are parameters and buffers.
+        """
+        self._named = named
         self._unknown = unknown
         self._seen = seen
         self._new: list[tuple[Call, Any]] = []
-        self._named: dict[str, Tensor] = {}
-        self._lent: set[int] = set()  # the memory that known inputs of calls lie in
+        self._lent: set[int] = set()  # the memory that other known inputs of calls lie in
+        self._own: set[int] = set()  # that of what is named
         self._real: dict[int, Tensor] = {}  # by the value's index: its elements
         self._given: dict[int, Tensor] = {}  # of those that were never unknown
         self._true: set[int] = set()  # of those seen, the unknown ones with the right elements
@@ -83,16 +86,9 @@ class Deferred:
 
     def _take_in(self) -> None:
         """Note what the new calls need: only a pass that looks has to."""
-        if self._new and not self._named:
-            self._name()
         for call, arguments in self._new:
             self._take(call, arguments)
         self._new.clear()
-
-    def _name(self) -> None:
-        """Note the parameters and buffers, and where they lie."""
-        self._named = {**dict(self._net.named_buffers()), **dict(self._net.named_parameters())}
-        self._lent.update(t.untyped_storage().data_ptr() for t in self._named.values())
 
     def _take(self, call: Call, arguments: Any) -> None:
         position, self._count = self._count, self._count + 1
@@ -152,9 +148,9 @@ class Deferred:
         memory = target.untyped_storage().data_ptr()
         if not self._new and not self._pending:
             return
-        if not self._named:
-            self._name()
-        if memory not in self._lent:
+        if not self._own:
+            self._own = {t.untyped_storage().data_ptr() for t in self._named.values()}
+        if memory not in self._lent and memory not in self._own:
             return
         self._take_in()
         for index, tensor in self._given.items():

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from bevel.graph.naming import named_modules
+
 _CONTAINERS = {list, deque, set, dict, OrderedDict, defaultdict}
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs")))
@@ -21,7 +23,7 @@ class Held:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._modules = [_Saved(module) for module in net.modules()]
+        self._modules = [_Saved(module) for module in named_modules(net).values()]
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bevel.graph.components import Classes
 from bevel.graph.layers import FIXED, Extent, Layer, along, compact
+from bevel.graph.naming import named_modules, named_tensors
 from bevel.graph.recording import Call, Frame, Recording, Value
 from bevel.graph.zeros import Zeros
 
@@ -76,8 +77,8 @@ class Propagation:
     """The state of one walk through a recording."""
 
     def __init__(self, net: nn.Module) -> None:
-        self.modules = dict(net.named_modules())
-        self.parameters = dict(net.named_parameters()) | dict(net.named_buffers())
+        self.modules = named_modules(net)
+        self.parameters = named_tensors(self.modules)
         self.layers: dict[int, list[Layer]] = {}
         self.axes: dict[str, list[np.ndarray | None]] = {}
         """Parameter name -> ids per dimension, of shape (size,) or (blocks, size)."""

@@ -29,6 +29,7 @@ from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
 from bevel.graph.deferred import Deferred, written
 from bevel.graph.holding import holding
+from bevel.graph.naming import named_modules, named_tensors
 from bevel.graph.recording import Call, Frame, Recording, Value, values_in
 from bevel.graph.unknown import LostTrackError, looks, zeros
 
@@ -65,15 +66,6 @@ def map_inputs(example_inputs: ExampleInputs, change: Callable[[Any], Any]) -> E
     return tuple(tree_map(change, value) for value in example_inputs)
 
 
-def tensor_names(net: nn.Module) -> dict[int, str]:
-    """`id(tensor)` -> name of every parameter and buffer; a shared tensor has its first name."""
-    names: dict[int, str] = {}
-    for source in (net.named_parameters(), net.named_buffers()):
-        for name, tensor in source:
-            names.setdefault(id(tensor), name)
-    return names
-
-
 READS_DATA = frozenset(
     {
         Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.equal, Tensor.allclose,
@@ -95,8 +87,8 @@ _HOLDERS = (Tensor, tuple, list, dict)
 class ModuleStack:
     """The modules whose forward is running, innermost last, by name."""
 
-    def __init__(self, net: nn.Module) -> None:
-        self.names = {id(module): name for name, module in net.named_modules()}
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.names = {id(module): name for name, module in modules.items()}
         self.stack: list[str] = []
         self.entries: list[int] = []
         self.entered = 0
@@ -138,8 +130,10 @@ class _Operators(TorchDispatchMode):
     def __init__(self, net: nn.Module, *, earnest: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.recording = Recording()
-        self.names = tensor_names(net)
-        self.modules = ModuleStack(net)
+        modules = named_modules(net)
+        self.tensors = named_tensors(modules)
+        self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
+        self.modules = ModuleStack(modules)
         # By address; weak, since an activation may be freed during the pass and its address used
         # again.
         self.values: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
@@ -147,7 +141,7 @@ class _Operators(TorchDispatchMode):
         self.earnest = earnest
         self.unknown: set[int] = set()
         self.seen: dict[int, weakref.ref[Tensor]] = {}
-        self.deferred = Deferred(net, self.unknown, self.seen)
+        self.deferred = Deferred(self.tensors, self.unknown, self.seen)
         self.looked = False  # who has looked once will look at more that comes of it
         self._looking = False
 

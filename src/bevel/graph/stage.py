@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class Stage:
     def _dress(self, prediction: Prediction) -> None:
         replaced: dict[int, Tensor] = {}
         for module in self.modules.values():
-            for tensors in (module._parameters, module._buffers):
+            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in kinds:
                 for leaf, tensor in tensors.items():
                     if tensor is None:
                         continue

@@ -20,6 +20,7 @@ from bevel.core.files import atomic
 from bevel.core.garbage import without_collection
 from bevel.graph.attributes import get_integer, resize, set_integer
 from bevel.graph.copying import copy_with, like, tensors_of
+from bevel.graph.naming import named_modules
 from bevel.graph.program import export_program
 from bevel.graph.record import ExampleInputs, as_arguments, as_keywords
 from bevel.pruning.plan import PruningPlan, TensorCut, indices
@@ -48,13 +49,13 @@ def prune(net: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Mod
             range), which is then as it was.
     """
     tensors = tensors_of(net)
-    _check(dict(net.named_modules()), tensors, plan)
+    _check(named_modules(net), tensors, plan)
     if inplace:
         _shrink(tensors, plan)
         pruned = net
     else:
         pruned = copy_with(net, _sliced(tensors, plan))
-    for name, module in pruned.named_modules():
+    for name, module in named_modules(pruned).items():
         for attribute, value in plan.attributes.get(name, {}).items():
             set_integer(module, attribute, value)
         resize(module)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bevel.graph.couplings import Axis, ChannelGroup
+from bevel.graph.naming import named_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Members:
     """Finds the members of a network's channel groups."""
 
     def __init__(self, net: nn.Module) -> None:
-        self.modules = dict(net.named_modules(remove_duplicate=False))
+        self.modules = named_modules(net, repeated=True)
         self._weights: dict[str, Weight | None] = {}
         self._roles: dict[tuple[str, int], str | None] = {}
 

@@ -16,6 +16,7 @@ from bevel.core.errors import PruningError, suggestion
 from bevel.core.garbage import without_collection
 from bevel.core.limits import QUANTITIES, Amount, Limit, parse_limit
 from bevel.graph.couplings import Analysis, analyze
+from bevel.graph.naming import named_modules, named_tensors
 from bevel.graph.record import ExampleInputs
 from bevel.pruning.allocate import Allocator, Problem, RankedGroup, rank_all
 from bevel.pruning.criteria import Criterion
@@ -135,8 +136,7 @@ def _check_analysis(analysis: Analysis, net: nn.Module, ignore: Sequence[str]) -
     """Refuse an analysis that was made of another network, or for another request."""
     if ignore:
         raise PruningError("ignore decides what an analysis finds: give it to bevel.analyze")
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    for name, tensor in tensors:
+    for name, tensor in named_tensors(named_modules(net)).items():
         shape = analysis.shapes.get(name)
         if shape != tuple(tensor.shape):
             there = "x".join(map(str, shape)) if shape is not None else "missing"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
+from bevel.graph.naming import named_modules
 from bevel.graph.record import ExampleInputs, ModuleStack, as_arguments, decomposed, is_frame, run
 from bevel.rewriting.seen import Function, Node, Seen
 
@@ -97,7 +98,7 @@ def take(
     parts: dict[int, list[list[Tensor]]] = defaultdict(list)
     with evaluating(net), decomposed():
         for batch in batches:
-            modules = ModuleStack(net)
+            modules = ModuleStack(named_modules(net))
             with modules.following(), _Watching(modules, wanted) as watching:
                 run(net, batch)
             for name, kept in watching.kept.items():
