@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -49,7 +48,7 @@ class _Saved:
         self.module = module
         self.attributes = dict(vars(module))
         self.contents = [
-            (value, copy.copy(value))
+            (value, value.copy())
             for name, value in self.attributes.items()
             if type(value) in _CONTAINERS and name not in _HOOKS
         ]
