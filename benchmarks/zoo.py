@@ -783,7 +783,8 @@ def _methods(results: Entry) -> Iterator[str]:
     )
     yield (
         "`limited`: 50 % cannot be reached; the network was then asked for what bevel said can be, "
-        "plus half a point, and the row shows that. The refused attempt is in its time."
+        "plus half a point, and the row shows that. The refused attempt is in its time; both share "
+        "one analysis."
     )
     yield (
         "`in frozen calls`: share of the MACs in operators with at least one width that must stay. "
