@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +109,15 @@ def with_bevel(network: Network, report: Report) -> None:
 
     The rest is one more analysis for its time, counting, and the proof.
     """
-    from bevel import analyze, prune, verify_pruning  # named here: nothing is imported while timed
+    # All that will be timed is named here, so that nothing is imported while it is.
+    from bevel import analyze, plan_pruning, prune, verify_pruning
 
     net, inputs = _prepare(network, report)
     memory = _peak_bytes()
+    asked = {"criterion": "l2", "allocate": "global", "align": ALIGN}
     with report.timed("plan"):
-        plan, refusal = _plan(net, inputs, report)
+        request = partial(plan_pruning, net, inputs, analysis=analyze(net, inputs), **asked)
+        plan, refusal = _plan(request, report)
     if plan is None:
         seconds = report.numbers["plan_s"]
         report.put(
@@ -157,7 +161,7 @@ def with_bevel(network: Network, report: Report) -> None:
     )
 
 
-def _plan(net: nn.Module, inputs: tuple[Any, ...], report: Report) -> tuple[Any, str | None]:
+def _plan(request: Callable[..., Any], report: Report) -> tuple[Any, str | None]:
     """A plan for the budget, or for what is reachable; and why the budget could not be met.
 
     No plan where nothing can be removed at all.
@@ -165,16 +169,12 @@ def _plan(net: nn.Module, inputs: tuple[Any, ...], report: Report) -> tuple[Any,
     Raises:
         PruningError: the request failed for another reason than its size.
     """
-    from bevel import analyze, plan_pruning
     from bevel.core.errors import PruningError
 
-    analysis = analyze(net, inputs)
-    asked: dict[str, Any] = {"criterion": "l2", "allocate": "global", "align": ALIGN}
     budget, refusal = BUDGET, None
     for _ in range(ATTEMPTS):
-        limits = {"macs": budget}
         try:
-            return plan_pruning(net, inputs, budget=limits, analysis=analysis, **asked), refusal
+            return request(budget={"macs": budget}), refusal
         except PruningError as error:
             message, reachable = _without_paths(one_line(error, 400)), _reachable(error)
             if reachable is None and "no group of this network can be pruned" not in message:
