@@ -561,7 +561,8 @@ def merge(into: Path, parts: Sequence[Path]) -> Entry:
             if other[name] != results[name]:
                 raise SystemExit(f"{part} has other {name} than {into}: {other[name]}")
         rows |= {_key(entry): entry for entry in other["networks"]}
-        results["finished"] = max(results["finished"], other["finished"])
+        for name in ("finished", "load_at_start"):  # of the last, and of the busiest
+            results[name] = max(results[name], other[name])
     results["networks"] = list(rows.values())
     write_json(into, results)
     return results
@@ -767,8 +768,9 @@ def _methods(results: Entry) -> Iterator[str]:
         "building and verification included. What runs out is a timeout, whatever it had by then."
     )
     yield (
-        f"{results['jobs']} at a time, load average {results['load_at_start']} before the start. "
-        "Seconds were measured once, so differences of a few per cent mean nothing."
+        f"{results['jobs']} at a time, load average {results['load_at_start']} before the start; "
+        "above 1 another process shared the machine, for both tools alike. Seconds were measured "
+        "once, so differences of a few per cent mean nothing."
     )
     days = Counter(e.get("measured", results["started"][:10]) for e in results["networks"])
     yield (
