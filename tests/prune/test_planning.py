@@ -315,3 +315,8 @@ def test_an_analysis_of_another_network_or_request_is_refused():
     wider = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     with pytest.raises(PruningError, match=r"of another network: 0\.weight is 8x3x3x3 here"):
         bevel.plan_pruning(wider, EXAMPLE, budget={"macs": 0.8}, analysis=analysis)
+    fewer = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with pytest.raises(PruningError, match=r"1\.weight is missing here and 8x8x3x3 there"):
+        bevel.plan_pruning(
+            fewer, EXAMPLE, budget={"macs": 0.8}, analysis=bevel.analyze(wider, EXAMPLE)
+        )

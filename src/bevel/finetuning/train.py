@@ -203,7 +203,8 @@ class _Loop:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch and validate; returns its row of the history."""
         start = time.perf_counter()
-        torch.manual_seed(_epoch_seed(self.seed, epoch, self.accelerator.process_index))
+        process = self.accelerator.process_index
+        torch.manual_seed(seed_of(f"bevel finetune {self.seed} {epoch} {process}"))
         self.stepper.net.train()
         if self.unfreezing is not None:
             self.unfreezing.hold(epoch)
@@ -427,7 +428,6 @@ class _Share:
             yield images[mine], labels[mine]
 
 
-def _epoch_seed(seed: int, epoch: int, process: int) -> int:
-    """A seed that no other (seed, epoch, process) has, but for a hash collision."""
-    text = f"bevel finetune {seed} {epoch} {process}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+def seed_of(text: str) -> int:
+    """A seed that no other text has, but for a hash collision."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from bevel.data import load as load_data
 from bevel.data.metrics import evaluate
 from bevel.devices import split_address
 from bevel.finetuning.distill import teacher_of
-from bevel.finetuning.train import finetune
+from bevel.finetuning.train import finetune, seed_of
 from bevel.graph.couplings import analyze
 from bevel.models import build
 from bevel.models.batchnorm import recalibrate
@@ -369,7 +368,7 @@ def step_seed(seed: int, name: str) -> int:
 
     Rounds that all began from the recipe's own seed would crop, mirror and shuffle alike.
     """
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
+    return seed_of(f"{seed} {name}")
 
 
 def _teacher(original: Model, model: Model, settings: TrainStep) -> nn.Module | None:

@@ -136,13 +136,17 @@ def _check_analysis(analysis: Analysis, net: nn.Module, ignore: Sequence[str]) -
     """Refuse an analysis that was made of another network, or for another request."""
     if ignore:
         raise PruningError("ignore decides what an analysis finds: give it to bevel.analyze")
-    for name, tensor in named_tensors(named_modules(net)).items():
-        shape = analysis.shapes.get(name)
-        if shape != tuple(tensor.shape):
-            there = "x".join(map(str, shape)) if shape is not None else "missing"
+    tensors = named_tensors(named_modules(net))
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in (*here, *analysis.shapes):
+        if here.get(name) != analysis.shapes.get(name):
+            ours, theirs = (
+                "missing" if shape is None else "x".join(map(str, shape))
+                for shape in (here.get(name), analysis.shapes.get(name))
+            )
             raise PruningError(
-                f"the analysis is of another network: {name} is "
-                f"{'x'.join(map(str, tensor.shape))} here and {there} there; analyze this one"
+                f"the analysis is of another network: {name} is {ours} here and {theirs} there; "
+                "analyze this one"
             )
 
 
