@@ -34,16 +34,11 @@ def merged(classes: np.ndarray, pairs: Pairs) -> np.ndarray:
 class Classes:
     """Classes under a list of pairs that only grows: each pair is merged once."""
 
-    def __init__(self) -> None:
-        self.done = 0
-        self.start: np.ndarray | None = None
-        self.classes = np.zeros(0, dtype=np.int64)
+    def __init__(self, start: np.ndarray) -> None:
+        self.classes, self.done = start, 0
 
-    def after(self, count: int, pairs: Pairs, start: np.ndarray | None = None) -> np.ndarray:
-        """The classes of `count` ids once all pairs are merged, from `start` or all alone."""
-        if len(self.classes) != count or start is not self.start or len(pairs) < self.done:
-            self.classes = np.arange(count) if start is None else start
-            self.start, self.done = start, 0
+    def after(self, pairs: Pairs) -> np.ndarray:
+        """The classes once all these pairs are merged too."""
         self.classes = merged(self.classes, pairs[self.done :])
         self.done = len(pairs)
         return self.classes

@@ -16,6 +16,7 @@ import numpy as np
 from bevel.graph.components import merged
 from bevel.graph.cost import Length
 from bevel.graph.layers import Extent
+from bevel.graph.nodes import NodeTable
 from bevel.graph.propagate import Blocks, Mark, Propagation
 
 
@@ -69,14 +70,12 @@ class _Entry:
 class Grouping:
     """The groups of a propagation, and lengths in terms of them."""
 
-    def __init__(self, state: Propagation) -> None:
+    def __init__(self, state: Propagation, table: NodeTable) -> None:
         self.state = state
-        self._same = state.same()
-        alike = self._node_ties()
-        self._tied = merged(state.together(), alike)
-        self._slots = self._node_slots(alike)
+        self._same = table.same
+        self.class_of = table.tied()
+        self._slots = table.slots(self.class_of)
         self.entries = list(self._entries())
-        self.class_of = self._tied
         self._blocks = self._resolve_blocks()
         self._reasons = self._marked(state.frozen)
         self._freeze_blocks()
@@ -86,67 +85,6 @@ class Grouping:
         self._group_of, self._position, self.groups = self._collect()
 
     # -- nodes ----------------------------------------------------------------------------
-
-    def _node_ties(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Nodes that hold the same ids are one; nodes that share an id go together."""
-        ties = []
-        known: dict[bytes, int] = {}
-        for family in self.state.nodes.values():
-            classes = self._same[family.leaves]
-            ordered = np.sort(classes, axis=1)
-            for node, row in zip(family.nodes, ordered, strict=True):
-                first = known.setdefault(row.tobytes(), int(node))
-                if first != node:
-                    ties.append((np.array([first]), np.array([node])))
-            flat = classes.reshape(-1)
-            owner = np.repeat(family.nodes, classes.shape[1])
-            order = np.argsort(flat, kind="stable")
-            repeated = np.flatnonzero(flat[order][1:] == flat[order][:-1])
-            if repeated.size:
-                ties.append((owner[order][repeated], owner[order][repeated + 1]))
-        return ties
-
-    def _node_slots(self, same: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """(depth, classes): the nodes that hold each class of ids, 0 where there is none."""
-        count = int(self._same.max()) + 1
-        families = list(self.state.nodes.values())
-        if not families:
-            return np.zeros((0, count), dtype=np.int64)
-        alike = merged(np.arange(self.state.count), same)
-        nodes = self._tied
-        held = np.concatenate([self._same[f.leaves].reshape(-1) for f in families])
-        owner = np.concatenate([np.repeat(f.nodes, f.leaves.shape[1]) for f in families])
-        _, first = np.unique(held * self.state.count + alike[owner], return_index=True)
-        self._cross(held[first], owner[first], alike[owner[first]])
-        _, first = np.unique(held * self.state.count + nodes[owner], return_index=True)
-        first = first[held[first] != self._same[0]]  # what can never go is held by nothing
-        if not first.size:
-            return np.zeros((0, count), dtype=np.int64)
-        held, owner = held[first], owner[first]
-        starts = np.r_[True, held[1:] != held[:-1]]
-        rank = np.arange(len(held)) - np.maximum.accumulate(
-            np.where(starts, np.arange(len(held)), 0)
-        )
-        slots = np.zeros((int(rank.max()) + 1, count), dtype=np.int64)
-        slots[rank, held] = owner
-        return slots
-
-    def _cross(self, held: np.ndarray, owner: np.ndarray, group: np.ndarray) -> None:
-        """Nodes that overlap without one lying in the other cannot go."""
-        names, inverse, size = np.unique(group, return_inverse=True, return_counts=True)
-        starts = np.r_[True, held[1:] != held[:-1]]
-        run = np.cumsum(starts)
-        bad: set[int] = set()
-        for offset in range(1, int(np.bincount(run).max())):
-            both = np.flatnonzero(run[offset:] == run[:-offset])
-            pairs = inverse[both] * len(names) + inverse[both + offset]
-            shared, counts = np.unique(pairs, return_counts=True)
-            left, right = shared // len(names), shared % len(names)
-            crossing = counts < np.minimum(size[left], size[right])
-            bad |= {*left[crossing].tolist(), *right[crossing].tolist()}
-        if bad:
-            ids = np.unique(owner[np.isin(inverse, list(bad))])
-            self.state.frozen.append(Mark(ids, "it is cut into blocks in two ways", True))
 
     def nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """The nodes that hold these ids, level by level, 0 where there is none."""

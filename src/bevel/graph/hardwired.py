@@ -8,6 +8,7 @@ whether that was right. Otherwise the channels that the number fixes are frozen,
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from bevel.graph.attributes import integers
 from bevel.graph.faults import Fault, Kind, Written
 from bevel.graph.grouping import Grouping
 from bevel.graph.layers import Extent
+from bevel.graph.nodes import NodeTable
 from bevel.graph.prediction import Prediction
 from bevel.graph.propagate import Mark, Propagation, SizeSite
 from bevel.graph.record import ExampleInputs
@@ -51,9 +53,10 @@ def follow_sizes(
     _tie_attention(state)
     stage = Stage(net, example_inputs, state)
     resolver = _Resolver(state)
+    table = NodeTable(state)
     known: set[str] = set()  # places of numbers that are marked already
     for attempt in range(ROUNDS):
-        grouping = Grouping(state)
+        grouping = Grouping(state, table)
         for keep in trials(grouping, many=len(recording.frames) <= SMALL):
             prediction = Prediction(grouping, keep)
             faults = [
@@ -84,11 +87,11 @@ def follow_sizes(
             continue
         state.inexact += search.marks(faults, "its size enters a number")
         known |= {fault.place for fault in faults}
-    grouping = Grouping(state)
+    grouping = Grouping(state, table)
     for number in keep:
         reason = f"{faults[0].error} ({faults[0].place})"
         state.frozen.append(Mark(grouping.ids_of(number), reason, True))
-    return Grouping(state)
+    return Grouping(state, table)
 
 
 def _tie_attention(state: Propagation) -> None:
@@ -118,11 +121,11 @@ class _Resolver:
     def __init__(self, state: Propagation) -> None:
         self.state = state
         self.modules = state.modules
-        self.tried: dict[tuple[str, str, int], list[SizeSite]] = {}
+        self.tried: dict[tuple[str, str, int, int], list[SizeSite]] = {}
         self.tied: set[tuple[str, str, int]] = set()
         self.bound: dict[bytes, set[int]] = {}
         self.claims: dict[tuple[str, str], Written] = {}
-        self.now: set[tuple[str, str, int, str, str]] = set()
+        self.now: set[tuple[str, str, int, int, str, str]] = set()
 
     def tie(self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction) -> bool:
         """Tie an axis to the one from which the code takes its size; whether there was any.
@@ -187,34 +190,37 @@ class _Resolver:
     def follow(self, faults: Sequence[Fault]) -> bool:
         """Let attributes follow that hold a number at fault; whether there was one."""
         self.now.clear()
-        found = [
-            self._attribute(fault, written) is not None
-            for fault in faults
-            for written in fault.written
-        ]
-        return any(found)
+        found = False
+        for fault in faults:
+            met: Counter[int] = Counter()
+            for written in fault.written:
+                found |= self._attribute(fault, written, met[written.number])
+                met[written.number] += 1
+        return found
 
-    def _attribute(self, fault: Fault, written: Written) -> SizeSite | None:
-        """An attribute that holds the number, not tried before at this place."""
+    def _attribute(self, fault: Fault, written: Written, before: int) -> bool:
+        """Whether an attribute holds the number that was not tried before at this place.
+
+        `before`: lengths of the same number that come before this one in the same call. They may
+        be written as attributes of their own: `split([self.key_dim, self.key_dim, self.val_dim])`.
+        """
         if len(written.extents) != 1:
-            return None
-        key = (fault.modules[0], fault.place, written.number)
+            return False
+        key = (fault.modules[0], fault.place, written.number, before)
         tried = self.tried.setdefault(key, [])
         for module in fault.modules:
-            for path, value in integers(self.modules[module]).items():
-                if value != written.number or path.partition("[")[0] not in fault.names:
-                    continue
+            for path in _paths(self.modules[module], fault, written.number, before):
                 if (*key, module, path) in self.now:  # the same place, met again in this round
-                    return self._claim(module, path, written)
+                    self._claim(module, path, written)
+                    return True
                 if any((site.module, site.attribute) == (module, path) for site in tried):
                     continue
                 self._withdraw(tried)
-                site = self._claim(module, path, written)
-                tried.append(site)
+                tried.append(self._claim(module, path, written))
                 self.now.add((*key, module, path))
-                return site
+                return True
         self._withdraw(tried)
-        return None
+        return False
 
     def _claim(self, module: str, path: str, written: Written) -> SizeSite:
         """Let an attribute follow a length; lengths that share an attribute are tied."""
@@ -255,6 +261,21 @@ class _Resolver:
             )
 
 
+def _paths(module: nn.Module, fault: Fault, number: int, before: int) -> list[str]:
+    """A module's attributes that hold a number and that the code at fault names, likely ones first.
+
+    Those among the arguments of the call stand in the order of the lengths; then come the others.
+    """
+    held: defaultdict[str, list[str]] = defaultdict(list)
+    for path, value in integers(module).items():
+        if value == number:
+            held[path.partition("[")[0]].append(path)
+    given = [path for name in fault.given for path in held[name]]
+    first = min(before, max(len(given) - 1, 0))
+    others = [path for name in held if name in fault.names for path in held[name]]
+    return list(dict.fromkeys([*given[first:], *given[:first], *others]))
+
+
 class _Search:
     """Finds the groups behind a fault by rehearsing with fewer and fewer of them cut."""
 
@@ -268,10 +289,12 @@ class _Search:
         self.stage, self.recording = stage, recording
         self.grouping, self.keep = grouping, keep
         self.left = SEARCHES
+        self.until = 0
 
     def marks(self, faults: Sequence[Fault], what: str) -> list[Mark]:
         """A mark on every group that causes one of these faults when it is cut alone."""
         places = {(fault.place, fault.kind) for fault in faults}
+        self.until = max(fault.position for fault in faults)
         likely = self._touched(faults) if faults[0].kind is Kind.NUMBER else self._sized(faults)
         rest = [number for number in self.keep if number not in likely]
         if faults[0].kind is Kind.NUMBER:  # a mark too many costs some proof, a search costs time
@@ -313,7 +336,7 @@ class _Search:
             return
         self.left -= 1
         prediction = Prediction(self.grouping, {n: self.keep[n] for n in numbers})
-        found = rehearse(self.stage, self.recording, prediction)
+        found = rehearse(self.stage, self.recording, prediction, until=self.until)
         here = sorted({f.place for f in found if (f.place, f.kind) in places})
         if here and len(numbers) == 1:
             yield numbers[0], ", ".join(here)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bevel.graph.components import Classes
 from bevel.graph.layers import FIXED, Extent, Layer, along, compact
 from bevel.graph.naming import named_modules, named_tensors
 from bevel.graph.recording import Call, Frame, Recording, Value
@@ -95,7 +94,6 @@ class Propagation:
         """Index of a call -> integers among its arguments that must follow these lengths."""
         self.position = 0
         self._shrinking: dict[int, tuple[tuple[int, tuple[Extent, ...]], ...]] = {}
-        self._same, self._together = Classes(), Classes()
         self.count = 1  # id 0 means: belongs to nothing that can be removed
 
     # -- ids ------------------------------------------------------------------------------
@@ -165,14 +163,6 @@ class Propagation:
     def mark_inexact(self, layer: Layer, reason: str) -> None:
         """Removing these ids is not the same as setting them to zero."""
         self._mark(self.inexact, layer.compact(), reason, not layer.flat)
-
-    def same(self) -> np.ndarray:
-        """The class of each id: ids that are one and the same index are in one."""
-        return self._same.after(self.count, self.unions)
-
-    def together(self) -> np.ndarray:
-        """The class of each id: ids that go together are in one."""
-        return self._together.after(self.count, self.ties, self.same())
 
     # -- layers ---------------------------------------------------------------------------
 

@@ -25,7 +25,15 @@ from torch.utils._pytree import tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, one_line
 from bevel.graph.arguments import integers, leaves, name_of, numbers
-from bevel.graph.faults import Fault, Kind, Written, is_user, place_of, user_frame
+from bevel.graph.faults import (
+    Fault,
+    Kind,
+    Written,
+    given_names,
+    is_user,
+    place_of,
+    user_frame,
+)
 from bevel.graph.layers import Layer
 from bevel.graph.prediction import Prediction
 from bevel.graph.record import READS_DATA, decomposed, is_frame, run
@@ -33,9 +41,14 @@ from bevel.graph.recording import Frame, Recording, Value
 from bevel.graph.stage import Stage
 
 
-def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list[Fault]:
-    """Run the network at its predicted sizes; returns where its code does not follow them."""
-    mode = _Rehearsal(recording, prediction, stage)
+def rehearse(
+    stage: Stage, recording: Recording, prediction: Prediction, *, until: float = math.inf
+) -> list[Fault]:
+    """Run the network at its predicted sizes; returns where its code does not follow them.
+
+    `until`: the position in the recording at which the run may end.
+    """
+    mode = _Rehearsal(recording, prediction, stage, until)
     try:
         with (
             stage.dressed(prediction) as net,
@@ -44,15 +57,15 @@ def rehearse(stage: Stage, recording: Recording, prediction: Prediction) -> list
             mode,
         ):
             run(net, stage.inputs)
-    except _DivergedError:
-        pass  # the fault is noted
+    except _EndedError:
+        pass  # what was found until then is noted
     except FORWARD_FAULTS as error:
         mode.faults.append(mode.raised(error))
     return mode.faults
 
 
-class _DivergedError(Exception):
-    """The shrunken network took another path through its code."""
+class _EndedError(Exception):
+    """No need to go on, or no way: the shrunken network took another path through its code."""
 
 
 class _Seen(TorchDispatchMode):
@@ -105,15 +118,20 @@ _NORMALIZED = frozenset({"layer_norm", "rms_norm"})
 class _Rehearsal(TorchFunctionMode):
     """Compares every torch function of the pass with the recorded one."""
 
-    def __init__(self, recording: Recording, prediction: Prediction, stage: Stage) -> None:
+    def __init__(
+        self, recording: Recording, prediction: Prediction, stage: Stage, until: float
+    ) -> None:
         super().__init__()
         self.recording, self.prediction, self.stage = recording, prediction, stage
+        self.until = until
         self.position = 0
         self.faults: list[Fault] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self.position > self.until:
+            raise _EndedError
         kwargs = kwargs or {}
         if _inside_torch(sys._getframe(1)):  # a scripted function, interpreted on meta tensors
             return func(*args, **kwargs)
@@ -128,7 +146,7 @@ class _Rehearsal(TorchFunctionMode):
             if func in READS_DATA or is_frame(func, result):
                 other = f"it calls {name_of(func)}, the original {_called(expected)}"
                 self.faults.append(self.fault(None, other, kind=Kind.PATH))
-                raise _DivergedError
+                raise _EndedError
             return result
         if func in READS_DATA:
             self.position += 1
@@ -349,8 +367,10 @@ class _Rehearsal(TorchFunctionMode):
             blamed=tuple(blamed),
             error=f"{name_of(frame.function)}: {error}" if frame is not None else error,
             kind=kind,
+            given=given_names(code) if written else (),
             lengths=lengths,
             changes=changes,
+            position=self.position,
         )
 
     def _running(self) -> tuple[str, ...]:
@@ -385,6 +405,7 @@ class _Rehearsal(TorchFunctionMode):
             blamed=tuple(blamed),
             error=one_line(error, 120) or type(error).__name__,
             kind=Kind.RAISED,
+            position=self.position,
         )
 
     def _recent(self) -> list[Value]:

@@ -1,0 +1,101 @@
+"""Attributes of the same number: each length follows the one that the code writes for it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+import bevel
+from bevel.graph.faults import given_names
+from bevel.pruning.plan import make_plan
+from networks import randomise
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+class KeysAndValues(nn.Module):
+    """Attention whose keys are as long as its values, and something beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.key_dim, self.val_dim, self.rest = 12, 12, 6
+        self.qkv = nn.Conv2d(16, 42, 1)
+        self.head = nn.Conv2d(12, 10, 1)
+        self.beside = nn.Conv2d(6, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, rest = self.qkv(self.stem(x)).split(
+            [self.key_dim, self.key_dim, self.val_dim, self.rest], dim=1
+        )
+        weight = (q.flatten(2).transpose(1, 2) @ k.flatten(2)).softmax(-1)
+        mixed = (weight @ v.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return self.head(mixed.reshape(len(x), self.val_dim, 8, 8)) + self.beside(rest)
+
+
+class Branches(nn.Module):
+    """A tuple of widths, three of which are the same number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 40, 3, padding=1)
+        self.widths = (16, 8, 8, 8)
+        self.own = nn.ModuleList(nn.Conv2d(n, 6, 1) for n in self.widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.stem(x), self.widths, dim=1)
+        return torch.cat([layer(part) for layer, part in zip(self.own, parts, strict=True)], 1)
+
+
+def cut(net: nn.Module, sizes: dict[str, int]) -> nn.Module:
+    """The network with so many units left of the groups of these attributes, and proven."""
+    analysis = bevel.analyze(net, IMAGE)
+    held = {site.attribute: site for site in analysis.attributes}
+    keep = {}
+    for attribute, left in sizes.items():
+        (number,) = {int(group) for group in held[attribute].groups.reshape(-1) if group >= 0}
+        keep[number] = torch.arange(analysis.groups[number].size).numpy() < left
+    plan = make_plan(analysis, keep)
+    pruned = bevel.prune(net, plan)
+    assert bevel.verify_pruning(net, pruned, plan, IMAGE).worst < 1e-9
+    return pruned
+
+
+def test_lengths_of_the_same_number_follow_the_attributes_that_the_call_names():
+    pruned = cut(randomise(KeysAndValues()), {"key_dim": 5, "val_dim": 9})
+    assert (pruned.key_dim, pruned.val_dim) == (5, 9)
+    assert pruned.qkv.out_channels == 2 * 5 + 9 + 6
+
+
+def test_items_of_a_tuple_follow_in_their_order():
+    pruned = cut(randomise(Branches()), {"widths[1]": 3, "widths[2]": 5, "widths[3]": 7})
+    assert pruned.widths == (16, 3, 5, 7)
+    assert [layer.in_channels for layer in pruned.own] == [16, 3, 5, 7]
+
+
+class Spy:
+    """Says what the call that reaches it was given."""
+
+    a, b, sizes = 4, 4, (4, 4)
+
+    def split(self, *_args: object, **_kwargs: object) -> tuple[str, ...]:
+        return given_names(sys._getframe(1))
+
+    def same(self, *_args: object) -> Spy:
+        return self
+
+
+def test_the_names_that_a_call_is_given_are_those_among_its_own_arguments():
+    spy = Spy()
+    assert spy.same(spy.b, 3).split([spy.a, spy.a, spy.b], dim=1) == ("a", "a", "b")
+    assert spy.split(spy.a - spy.b, -1) == ("a", "b")
+    several = spy.same().split(
+        1,
+        spy.sizes,
+        (spy.a),
+    )
+    assert several == ("sizes", "a")
+    assert spy.split(8) == ()
+    assert given_names(None) == ()
