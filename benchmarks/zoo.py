@@ -8,7 +8,8 @@
 Each network is pruned by bevel to 50 % of its MACs in a process of its own, and in another by
 Torch-Pruning (`pip install torch-pruning==1.6.1`), which `--no-peer` leaves out. `--only REGEX`
 picks networks by `library:name`; `--forward` only builds them and runs them once. `--merge` takes
-the rows of other files, of networks that were measured again, in place of those of --out. The
+the rows of other files, of networks that were measured again, in place of those of --out; those
+made with `--no-peer` keep what the peer did before, where it did not prune the network. The
 lists and the inputs are in zoo_networks.py. Results are written after each network and hold no
 path of the machine.
 """
@@ -554,18 +555,35 @@ def run_all(given: argparse.Namespace, workers: Sequence[str]) -> Entry:
 def merge(into: Path, parts: Sequence[Path]) -> Entry:
     """Put rows that were measured in the same way in place of those of a file, and write it."""
     results: Entry = json.loads(into.read_text(encoding="utf-8"))
+    for entry in results["networks"]:
+        entry.setdefault("measured", results["started"][:10])
     rows = {_key(entry): entry for entry in results["networks"]}
     for part in parts:
         other = json.loads(part.read_text(encoding="utf-8"))
         for name in ("versions", "machine", "jobs", "threads", "limit_s", "request"):
             if other[name] != results[name]:
                 raise SystemExit(f"{part} has other {name} than {into}: {other[name]}")
-        rows |= {_key(entry): entry for entry in other["networks"]}
+        rows |= {_key(entry): _with_peer(entry, rows) for entry in other["networks"]}
         for name in ("finished", "load_at_start"):  # of the last, and of the busiest
             results[name] = max(results[name], other[name])
     results["networks"] = list(rows.values())
     write_json(into, results)
     return results
+
+
+def _with_peer(entry: Entry, rows: dict[str, Entry]) -> Entry:
+    """An entry measured with `--no-peer`, with what the peer did before if that took no time."""
+    peer = rows.get(_key(entry), {}).get("peer")
+    if "peer" in entry or peer is None:
+        return entry
+    if peer["outcome"] == "pruned":
+        raise SystemExit(f"{_key(entry)}: the peer pruned it; measure both tools again")
+    before = rows[_key(entry)]
+    return {
+        **entry,
+        "peer": peer,
+        "peer_measured": before.get("peer_measured", before["measured"]),
+    }
 
 
 def _entries(
@@ -778,6 +796,12 @@ def _methods(results: Entry) -> Iterator[str]:
         + ", ".join(f"{day}: {count}" for day, count in sorted(days.items()))
         + "."
     )
+    earlier = sum("peer_measured" in entry for entry in results["networks"])
+    if earlier:
+        yield (
+            f"In {earlier} rows, all of networks that the peer does not prune, what it did is from "
+            "an earlier day."
+        )
     yield (
         "Weights are random (seed 0), constant parameters such as norms' scales included; the "
         "statistics of batch norms are near to those of the example's own activations. So this "

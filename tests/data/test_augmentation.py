@@ -32,10 +32,13 @@ def test_shift_and_flip_is_pad_crop_mirror(count, padding, height, width, seed):
         assert np.array_equal(result.numpy(), expected)
 
 
+shares = st.floats(0.01, 1).flatmap(lambda low: st.tuples(st.just(low), st.floats(low, 1)))
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
-def test_crop_box_lies_inside(height, width, seed):
-    top, left, h, w = crop_box(height, width, np.random.default_rng(seed))
+@given(st.integers(1, 300), st.integers(1, 300), shares, st.integers(0, 2**32))
+def test_crop_box_lies_inside(height, width, share, seed):
+    top, left, h, w = crop_box(height, width, share, np.random.default_rng(seed))
     assert 0 < h <= height - top
     assert 0 < w <= width - left
     assert top >= 0
@@ -89,6 +92,29 @@ def test_resized_crop_from_disk(tiny_image_folder):
     assert images.max() > 0.5
     parallel = epoch_of(section.model_copy(update={"workers": 2}), seed=0, epoch=0, size=8)
     assert torch.equal(parallel[0][0], images)
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6), (1.0, 1.0)])
+def test_crops_have_the_share_of_the_area_that_is_asked_for(scale):
+    random = np.random.default_rng(0)
+    boxes = [crop_box(300, 400, scale, random) for _ in range(200)]
+    shares = [h * w / (300 * 400) for _, _, h, w in boxes]
+    assert all(top + h <= 300 and left + w <= 400 for top, left, h, w in boxes)
+    assert scale[0] - 0.01 <= min(shares) and max(shares) <= scale[1] + 0.01
+    assert np.ptp(shares) > 0.8 * (scale[1] - scale[0]) or scale[0] == scale[1]
+
+
+def test_the_whole_image_is_a_crop_of_all_of_it(tiny_image_folder):
+    section = DataSection(name="imagefolder", root=tiny_image_folder(side=24), size=24)
+    augment = Augment(crop="resized", scale=(1.0, 1.0))
+    cropped = epoch_of(section.model_copy(update={"augment": augment}), seed=0, epoch=0, size=8)
+    assert torch.equal(cropped[0][0], epoch_of(section, seed=0, epoch=0, size=8)[0][0])
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.2)])
+def test_a_share_of_the_area_that_cannot_be_is_refused(scale):
+    with pytest.raises(ValueError, match="scale: expected 0 < least <= largest <= 1"):
+        Augment(crop="resized", scale=scale)
 
 
 def test_a_batch_is_augmented_faster_than_its_images_one_by_one():

@@ -68,6 +68,18 @@ class Augment(Section):
         description="pad: pad by `padding` and crop back; resized: random area and aspect ratio",
     )
     padding: int = Field(default=4, ge=0, description="pixels, for crop: pad")
+    scale: tuple[float, float] = Field(
+        default=(0.08, 1.0),
+        description="least and largest share of the image's area, for crop: resized",
+    )
+
+    @model_validator(mode="after")
+    def ordered(self) -> Augment:
+        """A share of the area is above nothing and at most all of it."""
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale: expected 0 < least <= largest <= 1, got {low} and {high}")
+        return self
 
 
 class DataSection(Section):

@@ -124,4 +124,5 @@ class TrainBatches:
     def _pixels(self, groups: Sequence[Indices], key: Sequence[int]) -> Iterator[Tensor]:
         if self.augment.crop != "resized":
             return self.images.stream(groups)
-        return self.images.stream(groups, partial(self.images.read_crop, seed=key))
+        crop = partial(self.images.read_crop, share=self.augment.scale, seed=key)
+        return self.images.stream(groups, crop)

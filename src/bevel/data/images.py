@@ -20,9 +20,11 @@ Pixels8 = npt.NDArray[np.uint8]
 DECODING_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a damaged image, depending on its format."""
 
-AREA = (0.08, 1.0)
+Share = tuple[float, float]
+"""The least and the largest part of an image's area."""
+
 ASPECT = (3 / 4, 4 / 3)
-"""Share of the image and aspect ratio that a resized crop covers (Szegedy et al. 2015)."""
+"""Aspect ratios of resized crops (Szegedy et al. 2015)."""
 
 
 def channels_of(image: Any, name: str) -> int:
@@ -91,13 +93,15 @@ class Frame:
         return image
 
 
-def crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int, width: int, share: Share, random: np.random.Generator
+) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random area and aspect ratio (Szegedy et al. 2015).
 
     After ten draws that do not fit, the largest central box of an allowed aspect ratio.
     """
     for _ in range(10):
-        area = height * width * random.uniform(*AREA)
+        area = height * width * random.uniform(*share)
         aspect = math.exp(random.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -109,13 +113,18 @@ def crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int,
 
 
 def random_resized_crop(
-    image: Any, frame: Frame, name: str, target: tuple[int, int], random: np.random.Generator
+    image: Any,
+    frame: Frame,
+    name: str,
+    target: tuple[int, int],
+    share: Share,
+    random: np.random.Generator,
 ) -> Pixels8:
     """A random part of the image, resized to `target` (H, W): uint8 (C, H, W)."""
     if isinstance(image, Image.Image):
         image = convert(image, frame.channels)
-        box = crop_box(image.height, image.width, random)
+        box = crop_box(image.height, image.width, share, random)
     else:
-        box = crop_box(image.shape[1], image.shape[2], random)
+        box = crop_box(image.shape[1], image.shape[2], share, random)
     part = TF.resized_crop(image, *box, list(target), antialias=True)
     return Frame(frame.channels, None, None).prepare(part, name)

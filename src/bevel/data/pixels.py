@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bevel.core.errors import DataError
 from bevel.core.progress import track
-from bevel.data.images import DECODING_FAULTS, Frame, Pixels8, random_resized_crop
+from bevel.data.images import DECODING_FAULTS, Frame, Pixels8, Share, random_resized_crop
 from bevel.data.splits import Indices, Source, describe, fetch, unreadable
 
 MEMORY_LIMIT_BYTES = 2**30
@@ -103,14 +103,14 @@ class ImageSet:
         """One image after the fixed transform, uint8 (C, H, W)."""
         return self._read(position, lambda image, name: self.frame.prepare(image, name))
 
-    def read_crop(self, position: int, seed: Sequence[int]) -> Pixels8:
+    def read_crop(self, position: int, share: Share, seed: Sequence[int]) -> Pixels8:
         """A random resized crop of one image; which one depends on `seed` and position only."""
         target = self.shape[1], self.shape[2]
 
         random = np.random.default_rng([*seed, position])
 
         def crop(image: Any, name: str) -> Pixels8:
-            return random_resized_crop(image, self.frame, name, target, random)
+            return random_resized_crop(image, self.frame, name, target, share, random)
 
         if self.keep and self.frame.size is None:  # what is kept is the whole image
             return crop(self.stored()[position], self.name)
