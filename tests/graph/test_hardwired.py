@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import bevel
+from bevel.graph import hardwired
 from bevel.graph.faults import given_names
 from bevel.pruning.plan import make_plan
+from graph.structures import Net, Structure, check
 from networks import randomise
 
 IMAGE = torch.randn(2, 3, 8, 8)
@@ -73,6 +75,42 @@ def test_items_of_a_tuple_follow_in_their_order():
     pruned = cut(randomise(Branches()), {"widths[1]": 3, "widths[2]": 5, "widths[3]": 7})
     assert pruned.widths == (16, 3, 5, 7)
     assert [layer.in_channels for layer in pruned.own] == [16, 3, 5, 7]
+
+
+class Square(nn.Module):
+    """Sees 16 channels as 4 runs of 4, and writes both numbers as one attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.view(x.shape[0], self.side, self.side, *x.shape[2:])
+        return seen.transpose(1, 2).flatten(1, 2)
+
+
+def test_an_attribute_does_not_count_runs_and_the_channels_in_them_at_once():
+    analysis = check(Structure(lambda: Net(Square())))
+    assert len({int(site.groups.max()) for site in analysis.attributes}) <= 1
+
+
+class OfWidth(nn.Module):
+    """Gives a tensor that cannot shrink the shape of one that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(16, 16, 1)
+        self.gate = nn.Parameter(torch.randn(1, 64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        fixed = self.gate.cumsum(-1)  # its channels have positions
+        return self.mix(x) * fixed.expand(n, h * w, 16).reshape(n, h, w, c).mean(-1)[:, None]
+
+
+def test_a_size_that_is_read_from_another_tensor_is_found_without_a_search(monkeypatch):
+    monkeypatch.setattr(hardwired._Search, "_found", None)
+    check(Structure(lambda: Net(OfWidth()), frozen={"stem.0.weight": "its size is read elsewhere"}))
 
 
 class Spy:

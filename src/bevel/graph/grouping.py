@@ -130,6 +130,7 @@ class Grouping:
         constraints = [*self.state.blocks, *self._node_blocks()]
         pending = list(constraints)
         while True:
+            self.signatures = self._signatures()
             kept, clash = self._compatible(pending)
             if not clash:
                 return kept
@@ -139,7 +140,7 @@ class Grouping:
 
     def _compatible(self, constraints: Sequence[Blocks]) -> tuple[list[np.ndarray], list[Blocks]]:
         """The constraints that hold as they are, and those whose units have to be tied."""
-        signatures = self._signatures()
+        signatures = self.signatures
         kept: dict[bytes, np.ndarray] = {}
         owned = np.zeros(len(signatures), dtype=bool)
         clash: list[Blocks] = []
@@ -216,7 +217,7 @@ class Grouping:
             constraint_of[classes] = index
         order = self._in_order(count)
         kinds = _combined(
-            self._signatures()[order],
+            self.signatures[order],
             self._reasons.of(order),
             self._inexact.of(order),
             constraint_of[order],
@@ -285,11 +286,18 @@ class Grouping:
         found: np.ndarray = self._same[ids]
         return found
 
-    def plain_axes(self, module: str) -> list[np.ndarray]:
-        """The ids of all parameter axes but those of grouped convolutions, a module's own first."""
+    def plain_axes(self, modules: Sequence[str]) -> list[np.ndarray]:
+        """The ids of the parameter axes of the first of these modules that has any.
+
+        Those of grouped convolutions, which hold several channels at one position, are left out.
+        """
         plain = [entry for entry in self.entries if not entry.node and entry.ids.ndim == 1]
-        plain.sort(key=lambda entry: not entry.tensor.startswith(f"{module}."))
-        return [entry.ids for entry in plain]
+        for module in modules:
+            own = f"{module}." if module else ""
+            found = [entry.ids for entry in plain if entry.tensor.startswith(own)]
+            if found:
+                return found
+        return []
 
     def ids_of(self, number: int) -> np.ndarray:
         """All ids of a group."""

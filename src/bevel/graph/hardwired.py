@@ -74,7 +74,10 @@ def follow_sizes(
                 raise PassChangedError
         here = [fault for fault in faults if fault.kind is Kind.HERE]
         if here:
-            if not resolver.tie(here, grouping, prediction):
+            tied = resolver.tie(here, grouping, prediction)
+            if tied:  # which may mend others too, so nothing is guessed now
+                resolver.follow([fault for fault in here if fault not in tied], guess=False)
+            else:
                 resolver.resolve(here, patient=attempt < ROUNDS // 2)
             continue
         raised = [fault for fault in faults if fault.kind is Kind.RAISED]
@@ -127,25 +130,31 @@ class _Resolver:
         self.claims: dict[tuple[str, str], Written] = {}
         self.now: set[tuple[str, str, int, int, str, str]] = set()
 
-    def tie(self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction) -> bool:
-        """Tie an axis to the one from which the code takes its size; whether there was any.
+    def tie(
+        self, faults: Sequence[Fault], grouping: Grouping, prediction: Prediction
+    ) -> set[Fault]:
+        """Tie an axis to the one from which the code takes its size; the faults with such an axis.
 
         `B, N, C = x.shape; ...; y.reshape(B, N, C)` makes y as wide as x: attention written like
         this keeps as many inner channels as the network has outside.
         """
-        found = False
+        found: set[Fault] = set()
         for fault in faults:
+            axes = grouping.plain_axes(fault.modules)
             for length in fault.lengths:
                 key = (fault.modules[0], fault.place, length.number)
-                widths = [new for old, new in fault.changes if old == length.number]
-                if len(length.extents) != 1 or key in self.tied or not widths:
+                wrong = [
+                    new
+                    for old, new in fault.changes
+                    if old == length.number and new != length.predicted
+                ]
+                if len(length.extents) != 1 or key in self.tied or not wrong:
                     continue
-                axes = grouping.plain_axes(fault.modules[0])
-                outer = self._as_wide(axes, prediction, length, widths[0])
+                outer = self._as_wide(axes, prediction, length, wrong[0])
                 if outer is not None:
                     self._bind(grouping, length.ids, outer, f"as wide as x ({fault.place})")
                     self.tied.add(key)
-                    found = True
+                    found.add(fault)
         return found
 
     def _bind(self, grouping: Grouping, inner: np.ndarray, outer: np.ndarray, reason: str) -> None:
@@ -187,18 +196,21 @@ class _Resolver:
             for written in fault.written:
                 self._freeze(written.extents, reason)
 
-    def follow(self, faults: Sequence[Fault]) -> bool:
-        """Let attributes follow that hold a number at fault; whether there was one."""
+    def follow(self, faults: Sequence[Fault], *, guess: bool = True) -> bool:
+        """Let attributes follow that hold a number at fault; whether there was one.
+
+        Without `guess`, those only that the call at fault names.
+        """
         self.now.clear()
         found = False
         for fault in faults:
             met: Counter[int] = Counter()
             for written in fault.written:
-                found |= self._attribute(fault, written, met[written.number])
+                found |= self._attribute(fault, written, met[written.number], guess=guess)
                 met[written.number] += 1
         return found
 
-    def _attribute(self, fault: Fault, written: Written, before: int) -> bool:
+    def _attribute(self, fault: Fault, written: Written, before: int, *, guess: bool) -> bool:
         """Whether an attribute holds the number that was not tried before at this place.
 
         `before`: lengths of the same number that come before this one in the same call. They may
@@ -209,25 +221,26 @@ class _Resolver:
         key = (fault.modules[0], fault.place, written.number, before)
         tried = self.tried.setdefault(key, [])
         for module in fault.modules:
-            for path in _paths(self.modules[module], fault, written.number, before):
+            for path in _paths(self.modules[module], fault, written.number, before, guess=guess):
                 if (*key, module, path) in self.now:  # the same place, met again in this round
                     self._claim(module, path, written)
                     return True
                 if any((site.module, site.attribute) == (module, path) for site in tried):
                     continue
+                if self._counts_others(module, path, written):
+                    continue
                 self._withdraw(tried)
                 tried.append(self._claim(module, path, written))
                 self.now.add((*key, module, path))
                 return True
-        self._withdraw(tried)
+        if guess:
+            self._withdraw(tried)
         return False
 
     def _claim(self, module: str, path: str, written: Written) -> SizeSite:
         """Let an attribute follow a length; lengths that share an attribute are tied."""
         first = self.claims.setdefault((module, path), written)
-        known = next(
-            (s for s in self.state.sizes if (s.module, s.attribute) == (module, path)), None
-        )
+        known = self._site(module, path)
         if known is None:
             known = SizeSite(module, path, written.extents)
             self.state.sizes.append(known)
@@ -238,6 +251,18 @@ class _Resolver:
             for row in first.ids.reshape(-1, first.number):
                 self.state.ties.append((row, first.ids[: first.number]))
         return known
+
+    def _site(self, module: str, path: str) -> SizeSite | None:
+        found = (s for s in self.state.sizes if (s.module, s.attribute) == (module, path))
+        return next(found, None)
+
+    def _counts_others(self, module: str, path: str, written: Written) -> bool:
+        """Whether an attribute follows runs already where these are single channels, or reverse.
+
+        Their number cannot be the same for all widths: a run would go with a channel of each run.
+        """
+        site = self._site(module, path)
+        return site is not None and site.extents[0].level != written.extents[0].level
 
     def _withdraw(self, sites: Sequence[SizeSite]) -> None:
         drop = {id(site) for site in sites}
@@ -261,10 +286,11 @@ class _Resolver:
             )
 
 
-def _paths(module: nn.Module, fault: Fault, number: int, before: int) -> list[str]:
+def _paths(module: nn.Module, fault: Fault, number: int, before: int, *, guess: bool) -> list[str]:
     """A module's attributes that hold a number and that the code at fault names, likely ones first.
 
-    Those among the arguments of the call stand in the order of the lengths; then come the others.
+    Those among the arguments of the call stand in the order of the lengths; then, with `guess`,
+    come the others that the function names.
     """
     held: defaultdict[str, list[str]] = defaultdict(list)
     for path, value in integers(module).items():
@@ -272,8 +298,18 @@ def _paths(module: nn.Module, fault: Fault, number: int, before: int) -> list[st
             held[path.partition("[")[0]].append(path)
     given = [path for name in fault.given for path in held[name]]
     first = min(before, max(len(given) - 1, 0))
-    others = [path for name in held if name in fault.names for path in held[name]]
+    others = [path for name in held if guess and name in fault.names for path in held[name]]
     return list(dict.fromkeys([*given[first:], *given[:first], *others]))
+
+
+def _follows(change: tuple[int, int], size: int, left: int) -> bool:
+    """Whether a number was a part or a multiple of a length, and is of what is left of it."""
+    old, new = change
+    if old < 1:
+        return False
+    if size % old == 0:
+        return left // (size // old) == new
+    return old % size == 0 and left * (old // size) == new
 
 
 class _Search:
@@ -288,11 +324,42 @@ class _Search:
     ) -> None:
         self.stage, self.recording = stage, recording
         self.grouping, self.keep = grouping, keep
+        self.prediction = Prediction(grouping, keep)
         self.left = SEARCHES
         self.until = 0
 
     def marks(self, faults: Sequence[Fault], what: str) -> list[Mark]:
         """A mark on every group that causes one of these faults when it is cut alone."""
+        read: defaultdict[int, set[str]] = defaultdict(set)
+        for fault in faults:
+            for number in self._read(fault):
+                read[number].add(fault.place)
+        if set().union(*read.values()) == {fault.place for fault in faults}:
+            found = [(number, ", ".join(sorted(places))) for number, places in read.items()]
+        else:
+            found = self._found(faults)
+        said = {f.place: f": {f.error}" for f in faults if f.kind is Kind.RAISED}
+        return [
+            Mark(self.grouping.ids_of(number), f"{what} ({place}{said.get(place, '')})", True)
+            for number, place in found
+        ]
+
+    def _read(self, fault: Fault) -> list[int]:
+        """The groups along an axis of the running module whose length is the number at fault."""
+        if fault.kind is not Kind.ELSEWHERE:
+            return []
+        found: set[int] = set()
+        for ids in self.grouping.plain_axes(fault.modules):
+            extent = Extent(ids)
+            left = self.prediction.length((extent,))
+            if left < ids.size and any(
+                _follows(change, ids.size, left) for change in fault.changes
+            ):
+                found |= set(np.unique(self.grouping.members(extent)[0]).tolist())
+        return sorted(found & self.keep.keys())
+
+    def _found(self, faults: Sequence[Fault]) -> list[tuple[int, str]]:
+        """The groups that cause faults when they are cut alone, and where."""
         places = {(fault.place, fault.kind) for fault in faults}
         self.until = max(fault.position for fault in faults)
         likely = self._touched(faults) if faults[0].kind is Kind.NUMBER else self._sized(faults)
@@ -302,11 +369,7 @@ class _Search:
         else:
             found = list(self._culprits(places, likely)) if likely else []
         found += self._culprits(places, rest) if rest else []
-        said = {f.place: f": {f.error}" for f in faults if f.kind is Kind.RAISED}
-        return [
-            Mark(self.grouping.ids_of(number), f"{what} ({place}{said.get(place, '')})", True)
-            for number, place in found
-        ]
+        return found
 
     def _touched(self, faults: Sequence[Fault]) -> list[int]:
         """The groups of the tensors that the number meets."""
