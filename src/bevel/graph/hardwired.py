@@ -222,12 +222,12 @@ class _Resolver:
         tried = self.tried.setdefault(key, [])
         for module in fault.modules:
             for path in _paths(self.modules[module], fault, written.number, before, guess=guess):
+                if self._counts_others(module, path, written):
+                    continue
                 if (*key, module, path) in self.now:  # the same place, met again in this round
                     self._claim(module, path, written)
                     return True
                 if any((site.module, site.attribute) == (module, path) for site in tried):
-                    continue
-                if self._counts_others(module, path, written):
                     continue
                 self._withdraw(tried)
                 tried.append(self._claim(module, path, written))
