@@ -13,7 +13,7 @@ run of inner ids that can go as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +76,7 @@ class Layer:
     def extent(self) -> Extent:
         """The length of `dim`, always the same object."""
         if self._extent is None:
-            row = self.compact()
-            for other in self.dims:
-                if other != self.dim:
-                    row = row.narrow(other, 0, 1)
+            row = compact(self.ids, (self.dim,))
             self._extent = Extent(row.reshape(-1).numpy(), level=not self.flat)
         return self._extent
 
@@ -88,12 +85,10 @@ class Layer:
         return Layer(ids, dim, virtual=self.virtual)
 
 
-def compact(ids: Tensor, dims: Sequence[int]) -> Tensor:
-    """Ids that vary along `dims` only, with the other dimensions cut to length 1."""
-    for dim, size in enumerate(ids.shape):
-        if size > 1 and dim not in dims:
-            ids = ids.narrow(dim, 0, 1)
-    return ids
+def compact(ids: Tensor, dims: Collection[int]) -> Tensor:
+    """Ids with every dimension but these cut to length 1."""
+    sizes = [n if dim in dims else min(n, 1) for dim, n in enumerate(ids.shape)]
+    return ids.as_strided(sizes, ids.stride())
 
 
 def along(ids: Tensor, dim: int, shape: Sequence[int], *, virtual: bool = False) -> Layer:

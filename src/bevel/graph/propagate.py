@@ -128,7 +128,7 @@ class Propagation:
         differ = left != right
         if not differ.any():
             return
-        left, right = left[differ], right[differ]
+        left, right = _without_runs(left[differ], right[differ])
         both = (left != 0) & (right != 0)
         if both.all():
             pairs.append((left, right))
@@ -347,6 +347,13 @@ class Propagation:
             known = Nodes(self.fresh(nodes).numpy(), array)
             self.nodes[key] = known
         return torch.from_numpy(known.nodes)
+
+
+def _without_runs(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of equal pairs in a row, the first: ids of patches come in long runs."""
+    fresh = np.ones(left.size, dtype=bool)
+    fresh[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
+    return left[fresh], right[fresh]
 
 
 def propagate(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from bevel.graph.layers import Layer, settle
+from bevel.graph.layers import Layer, compact, settle
 from bevel.graph.propagate import Blocks, Handler, Propagation
 from bevel.graph.recording import Call
 
@@ -113,27 +113,22 @@ def _merge(
 
 def _runs_merged(layer: Layer, parts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
     """The ids with runs merged; only runs along which they vary are copied."""
-    small, sizes = layer.ids, []
+    kept: set[int] = set()
+    sizes = []
     for size, part in zip(shape, parts, strict=True):
-        if set(part) & set(layer.dims):
-            sizes.append(size)
-            continue
-        sizes.append(1)
-        for dim in part:
-            small = small.narrow(dim, 0, 1)
-    return small.reshape(sizes).expand(shape)
+        varies = not set(part).isdisjoint(layer.dims)
+        sizes.append(size if varies else 1)
+        kept |= set(part) if varies else set()
+    return compact(layer.ids, kept).reshape(sizes).expand(shape)
 
 
 def _runs_split(layer: Layer, parts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
     """The ids with dimensions split into runs; repeated ids are found constant again."""
-    small, sizes = layer.ids, [1] * len(shape)
-    for dim, part in enumerate(parts):
-        if dim in layer.dims:
-            for outer in part:
-                sizes[outer] = shape[outer]
-        else:
-            small = small.narrow(dim, 0, 1)
-    return settle(small.reshape(sizes)).expand(shape)
+    sizes = [1] * len(shape)
+    for dim in layer.dims:
+        for outer in parts[dim]:
+            sizes[outer] = shape[outer]
+    return settle(layer.compact().reshape(sizes)).expand(shape)
 
 
 def _inside(node: Layer, leaf: Layer, part: Sequence[int]) -> bool:
