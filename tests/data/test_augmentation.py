@@ -111,9 +111,9 @@ def test_the_whole_image_is_a_crop_of_all_of_it(tiny_image_folder):
     assert torch.equal(cropped[0][0], epoch_of(section, seed=0, epoch=0, size=8)[0][0])
 
 
-@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.2)])
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.2), 0.5, (0.5,)])
 def test_a_share_of_the_area_that_cannot_be_is_refused(scale):
-    with pytest.raises(ValueError, match="scale: expected 0 < least <= largest <= 1"):
+    with pytest.raises(ValueError, match="with 0 < least <= largest <= 1"):
         Augment(crop="resized", scale=scale)
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -73,13 +74,17 @@ class Augment(Section):
         description="least and largest share of the image's area, for crop: resized",
     )
 
-    @model_validator(mode="after")
-    def ordered(self) -> Augment:
+    @field_validator("scale", mode="wrap")
+    @classmethod
+    def shares(cls, given: object, handler: ValidatorFunctionWrapHandler) -> tuple[float, float]:
         """A share of the area is above nothing and at most all of it."""
-        low, high = self.scale
+        try:
+            low, high = handler(given)
+        except ValidationError:
+            low, high = 0.0, 0.0
         if not 0 < low <= high <= 1:
-            raise ValueError(f"scale: expected 0 < least <= largest <= 1, got {low} and {high}")
-        return self
+            raise ValueError("expected [least, largest], with 0 < least <= largest <= 1")
+        return low, high
 
 
 class DataSection(Section):
