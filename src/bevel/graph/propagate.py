@@ -21,6 +21,9 @@ from bevel.graph.naming import named_modules, named_tensors
 from bevel.graph.recording import Call, Frame, Recording, Value
 from bevel.graph.zeros import Zeros
 
+SAMPLE = 1024
+"""Pairs of ids that are looked at first, to see whether many repeat."""
+
 Handler = Callable[["Propagation", Call], None]
 FrameHandler = Callable[["Propagation", Frame], None]
 
@@ -128,7 +131,7 @@ class Propagation:
         differ = left != right
         if not differ.any():
             return
-        left, right = _without_runs(left[differ], right[differ])
+        left, right = self._pairs_once(left[differ], right[differ])
         both = (left != 0) & (right != 0)
         if both.all():
             pairs.append((left, right))
@@ -136,6 +139,16 @@ class Propagation:
         if both.any():
             pairs.append((left[both], right[both]))
         self.frozen.append(Mark(np.maximum(left, right)[~both], reason))
+
+    def _pairs_once(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Most pairs without those that repeat: layers of windows hold the same ids many times."""
+        fresh = np.ones(left.size, dtype=bool)
+        fresh[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
+        left, right = left[fresh], right[fresh]
+        pairs = left[:SAMPLE] * self.count + right[:SAMPLE]
+        if left.size <= SAMPLE or np.unique(pairs).size > SAMPLE // 8:  # little to be gained
+            return left, right
+        return np.divmod(np.unique(left * self.count + right), self.count)
 
     def freeze(self, ids: Tensor, reason: str, *, level: bool = False) -> None:
         """These ids can never go, nor, unless `level`, the nodes that hold them."""
@@ -347,13 +360,6 @@ class Propagation:
             known = Nodes(self.fresh(nodes).numpy(), array)
             self.nodes[key] = known
         return torch.from_numpy(known.nodes)
-
-
-def _without_runs(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of equal pairs in a row, the first: ids of patches come in long runs."""
-    fresh = np.ones(left.size, dtype=bool)
-    fresh[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
-    return left[fresh], right[fresh]
 
 
 def propagate(
