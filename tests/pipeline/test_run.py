@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,8 +155,6 @@ def test_killed_in_finetuning_and_in_export_it_ends_with_the_same_bytes(finished
 
 
 def test_a_damaged_file_is_made_again(finished, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / FILES[3]).write_bytes(b"damaged")
@@ -168,6 +167,16 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
     other["steps"][1]["prune"]["align"] = 8
     with pytest.raises(RunFolderError, match=r"another recipe \(steps.1.prune.align: 4 there, 8"):
         bevel.run(recipes.validate(other), out=finished)
+
+
+def test_a_folder_of_a_version_that_had_fewer_keys_goes_on(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    record = json.loads((folder / "run.json").read_text())
+    del record["recipe"]["data"]["augment"]["scale"]
+    (folder / "run.json").write_text(json.dumps(record))
+    bevel.run(recipes.validate(RECIPE), out=folder)
+    assert digests(folder) == digests(finished)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

@@ -344,6 +344,17 @@ def vary(recipe: Recipe, values: Mapping[str, Any], source: str = "recipe") -> R
     return validate(raw, source)
 
 
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote down, with what has come since at its default.
+
+    Unchanged where it is no recipe of this version.
+    """
+    try:
+        return Recipe.model_validate(recorded).model_dump(mode="json")
+    except ValidationError:
+        return recorded
+
+
 def validate(raw: dict[str, Any], source: str = "recipe") -> Recipe:
     """Turn a plain mapping into a recipe.
 

@@ -21,7 +21,7 @@ import bevel
 from bevel.core.errors import RunFolderError, one_line
 from bevel.core.files import locked, sha256, write_json, write_text
 from bevel.core.progress import note
-from bevel.core.recipe import Recipe
+from bevel.core.recipe import Recipe, completed
 from bevel.core.records import RunRecord, StepRecord
 
 PACKAGES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "accelerate", "timm", "numpy")
@@ -77,7 +77,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{file} is damaged: {one_line(error, 120)}; use another --out"
             ) from error
-        difference = first_difference(record.recipe, self.resolved)
+        difference = first_difference(completed(record.recipe), self.resolved)
         if difference is not None:
             raise RunFolderError(
                 f"{self.path} holds a run of another recipe ({difference}); "

@@ -10,7 +10,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from bevel.core.errors import SearchError, one_line
-from bevel.core.recipe import Recipe, SearchSection
+from bevel.core.recipe import Recipe, SearchSection, completed
 from bevel.pipeline.folder import first_difference
 from bevel.searching.objectives import OBJECTIVES
 
@@ -47,7 +47,7 @@ def open_study(url: str, recipe: Recipe, section: SearchSection) -> optuna.Study
     ours["search"] = section.model_dump(mode="json")
     if theirs is None and unused:
         study.set_user_attr("recipe", ours)
-    elif (difference := first_difference(theirs or {}, ours)) is not None:
+    elif (difference := first_difference(completed(theirs or {}), ours)) is not None:
         raise SearchError(
             f"{_without_password(url)} holds a search '{recipe.name}' of another recipe "
             f"({one_line(difference, 160)}); choose another --out, --storage or name"
