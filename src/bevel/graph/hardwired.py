@@ -83,7 +83,7 @@ def follow_sizes(
         raised = [fault for fault in faults if fault.kind is Kind.RAISED]
         if raised and resolver.follow(raised[:1]):
             continue
-        search = _Search(stage, recording, grouping, keep)
+        search = _Search(stage, recording, grouping, keep, prediction)
         elsewhere = [fault for fault in faults if fault.kind is not Kind.NUMBER]
         if elsewhere:
             state.frozen += search.marks(elsewhere, "its size is read elsewhere")
@@ -321,10 +321,10 @@ class _Search:
         recording: Recording,
         grouping: Grouping,
         keep: dict[int, np.ndarray],
+        prediction: Prediction,
     ) -> None:
         self.stage, self.recording = stage, recording
-        self.grouping, self.keep = grouping, keep
-        self.prediction = Prediction(grouping, keep)
+        self.grouping, self.keep, self.prediction = grouping, keep, prediction
         self.left = SEARCHES
         self.until = 0
 
