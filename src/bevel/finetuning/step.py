@@ -90,13 +90,12 @@ class Stepper:
             labels: shape (N,).
             answers: the teacher's logits (N, classes), if they are known; else it is asked.
         """
-        images = images.to(self.device, memory_format=self._format, non_blocking=True)
+        images = self._sent(images)
         labels = labels.to(self.device, non_blocking=True)
         forward = self.forward
         if self._compiled is not None and images.shape == self._shape:
             forward = self._compiled
-        mixed = self.execution.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        with self._precision():
             taught: dict[str, Tensor] = {}
             if answers is None:
                 answers, taught = self._ask(images)
@@ -132,10 +131,18 @@ class Stepper:
 
     def ask(self, images: Tensor) -> Tensor | None:
         """The teacher's logits (N, classes), None without a teacher."""
-        images = images.to(self.device, memory_format=self._format, non_blocking=True)
-        mixed = self.execution.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        images = self._sent(images)
+        with self._precision():
             return self._ask(images)[0]
+
+    def _sent(self, images: Tensor) -> Tensor:
+        """Images on the device, in the memory format."""
+        return images.to(self.device, memory_format=self._format, non_blocking=True)
+
+    def _precision(self) -> torch.autocast:
+        """The context of a forward pass."""
+        mixed = self.execution.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
     def step(
         self,

@@ -65,18 +65,22 @@ def _views(recording: Recording) -> dict[int, int]:
         given = call.inputs
         for value in given:
             root.setdefault(value.index, value.index)
-        views = bool(given) and _is_view(call.function)
+        views = bool(given) and _is_view(call)
         for value in _outputs(call):
             own = root[given[0].index] if views else value.index
             root.setdefault(value.index, own)
     return root
 
 
-@cache
-def _is_view(function: torch._ops.OpOverload) -> bool:
+def _is_view(call: Call) -> bool:
     """Whether an operator's outputs are the memory of its first input."""
-    returns = function._schema.returns
-    return str(function.overloadpacket) in VIEWS or any(r.alias_info is not None for r in returns)
+    return call.name in VIEWS or _aliases(call.function)
+
+
+@cache
+def _aliases(function: torch._ops.OpOverload) -> bool:
+    """Whether an operator's schema says that an output is the memory of an input."""
+    return any(given.alias_info is not None for given in function._schema.returns)
 
 
 def _in_place(
