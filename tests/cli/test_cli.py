@@ -271,6 +271,19 @@ def test_a_run_its_report_and_its_repetition(place: Workplace, bevel: Bevel) -> 
     assert (place.out / "report.md").exists()
 
 
+def test_what_a_run_leaves_is_a_file_like_any_other(place: Workplace, bevel: Bevel) -> None:
+    recipe = place.recipe(steps=[{"resize": {"size": 6}}, {"prune": {"ratio": 0.5, "align": 1}}])
+    assert bevel("run", recipe, "--out", place.out).code == 0
+    file = place.out / "compressed.safetensors"
+    trust = ["--model", f"{place.folder / 'net.py'}:tiny"]
+    int8 = ["--recipe", recipe, "--precision", "int8", "--json"]
+    exported = bevel("export", file, *trust, *int8, "--out", "c.onnx")
+    assert exported.code == 0, exported
+    assert json.loads(exported.out)["inputs"][0]["shape"][1:] == [3, 6, 6]
+    again = bevel("prune", file, *trust, "--ratio", 0.5, "--align", 1, "--out", "p.safetensors")
+    assert again.code == 0, again
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     bevel: Bevel, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

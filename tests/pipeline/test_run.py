@@ -117,7 +117,7 @@ def test_the_compressed_file_loads_by_itself(finished):
         lambda: build(model["name"], model["arguments"]), finished / "compressed.safetensors"
     )
     assert sum(p.numel() for p in net.parameters()) == plan.after.params
-    assert model["input_shape"] == [1, 8, 8]
+    assert model["input_shape"] == [1, 1, 8, 8]
     assert open_artifact(finished / FILES[3]).quantizer is not None
 
 

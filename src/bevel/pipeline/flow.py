@@ -117,7 +117,7 @@ class Flow:
         description = {
             "name": section.name,
             "arguments": section.arguments,
-            "input_shape": list(model.data.input_shape),
+            "input_shape": [1, *model.data.input_shape],
         }
         save_pruned(model.net, model.plan, path, model=description, surgery=model.surgery)
 
