@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bevel.models import build as build_model
     from bevel.models.fading import fade, settle
     from bevel.packaging import package
-    from bevel.pipeline import explain, run
+    from bevel.pipeline.running import explain, run
     from bevel.pipeline.within import plan_within
     from bevel.pruning.apply import load_pruned, prune, save_pruned
     from bevel.pruning.plan import PruningPlan
@@ -83,7 +83,7 @@ _HOMES = {
     "build_model": "bevel.models:build",
     "compare": "bevel.searching",
     "diagnose": "bevel.measurement.doctor",
-    "explain": "bevel.pipeline",
+    "explain": "bevel.pipeline.running",
     "export": "bevel.runtimes",
     "fade": "bevel.models.fading",
     "finetune": "bevel.finetuning.train",
@@ -98,7 +98,7 @@ _HOMES = {
     "reconstruct": "bevel.rewriting.reconstruction",
     "register_resizer": "bevel.graph.attributes",
     "report": "bevel.reporting",
-    "run": "bevel.pipeline",
+    "run": "bevel.pipeline.running",
     "save_pruned": "bevel.pruning.apply",
     "search": "bevel.searching",
     "settle": "bevel.models.fading",

@@ -58,6 +58,19 @@ def test_listing_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_pruning_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
+    # torch's compiler and torchvision take seconds to import, more than the pruning itself.
+    out = tmp_path / "p.safetensors"
+    code = (
+        "import sys; from bevel.cli import main\n"
+        f"line = 'prune bevel:resnet20 --input 1x3x32x32 --ratio 0.5 --out {out}'\n"
+        "assert main(line.split()) == 0\n"
+        "assert not {'torch._dynamo', 'sympy', 'torchvision'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert out.exists()
+
+
 def test_init_writes_a_recipe_that_validates(
     bevel: Bevel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,12 +300,12 @@ def test_what_a_run_leaves_is_a_file_like_any_other(place: Workplace, bevel: Bev
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     bevel: Bevel, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bevel import pipeline
+    from bevel.pipeline import running
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run", interrupt)
+    monkeypatch.setattr(running, "run", interrupt)
     result = bevel("run", place.recipe())
     assert result == Result(130, "", "bevel: interrupted; the same command continues the run\n")
 
@@ -300,15 +313,15 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
 def test_json_keeps_what_libraries_print_off_stdout(
     bevel: Bevel, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bevel import pipeline
     from bevel.core.records import RunRecord
+    from bevel.pipeline import running
 
     def chatter(*_: object, **__: object) -> RunRecord:
         print("loading!")  # noqa: T201
         note("a step")
         return RunRecord(recipe={}, started="now", versions={}, machine={})
 
-    monkeypatch.setattr(pipeline, "run", chatter)
+    monkeypatch.setattr(running, "run", chatter)
     result = bevel("run", place.recipe(), "--json")
     assert json.loads(result.out)["started"] == "now"
     assert result.err.splitlines()[:2] == ["loading!", "a step"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -446,3 +448,35 @@ def test_what_a_module_holds_is_put_back():
     assert extra == {"a": 1}
     assert not hasattr(net, "new")
     assert not net.total.any()
+
+
+KEEPS_TABLES = """
+import sys
+import torch
+import bevel
+from torch import nn
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+        self.table, self.row = torch.rand(1, 4, 8, 8), torch.rand(1, 8)
+
+    def forward(self, x):
+        y = self.outer(self.inner(x).relu())
+        return torch.cat([self.table - y, y * self.row, self.table.add(y)], 1)
+
+
+net, x = Positions().eval(), torch.randn(1, 3, 8, 8)
+plan = bevel.plan_pruning(net, x, criterion="l2", ratio=0.5, align=1)
+pruned = bevel.prune(net, plan)
+proof = bevel.verify_pruning(net, pruned, plan, x)
+assert pruned.inner.out_channels == 8 and not proof.unproven, proof
+assert not {"torch._dynamo", "sympy"} & set(sys.modules)
+"""
+
+
+def test_tables_beside_the_parameters_do_not_call_torchs_compiler():
+    # Its import takes seconds; arithmetic of a meta tensor with one on the CPU would need it.
+    subprocess.run([sys.executable, "-c", KEEPS_TABLES], check=True, capture_output=True)

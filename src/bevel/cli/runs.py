@@ -49,10 +49,10 @@ def run(
     A run that was stopped continues where it was; a finished one only prints its table.
     """
     loaded = recipes.load(recipe, tuple(overrides or ()))  # mistakes show before torch loads
-    from bevel import pipeline
+    from bevel.pipeline import running
 
     with console.working(quiet_stdout=json):
-        record = pipeline.run(loaded, out=out)
+        record = running.run(loaded, out=out)
     _show(record, json=json)
     console.say(f"report: {(out or Path('runs') / loaded.name) / 'report.html'}")
 
@@ -89,10 +89,10 @@ def explain(recipe: RecipeFile, overrides: Set = None, json: Json = False) -> No
     What can be pruned and what not and why, and what each stage costs.
     """
     loaded = recipes.load(recipe, tuple(overrides or ()))
-    from bevel import pipeline
+    from bevel.pipeline import running
 
     with console.working(quiet_stdout=json):
-        found = pipeline.explain(loaded)
+        found = running.explain(loaded)
     if json:
         console.print_json(found.model_dump(mode="json"))
     else:

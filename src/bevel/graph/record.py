@@ -145,6 +145,11 @@ class _Operators(TorchDispatchMode):
         self.looked = False  # who has looked once will look at more that comes of it
         self._looking = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch shall keep its compiler away, which it would import for it: seconds."""
+        return False
+
     def value(self, leaf: Any) -> Any:
         """The `Value` of a tensor; containers leaf by leaf, anything else unchanged."""
         if isinstance(leaf, Tensor):

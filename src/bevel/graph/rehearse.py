@@ -75,6 +75,11 @@ class _Seen(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: list[tuple[Any, set[int]]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As for the recorder's."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -169,7 +174,7 @@ class _Rehearsal(TorchFunctionMode):
         follows as it shall.
         """
         given = (*args, *kwargs.values())
-        if not self._same(given, frame.arguments, self._following(frame)):
+        if not _on_meta(given) or not self._same(given, frame.arguments, self._following(frame)):
             return None
         for argument, value in zip(given, frame.arguments, strict=True):
             if value is frame.result:  # in place
@@ -189,7 +194,7 @@ class _Rehearsal(TorchFunctionMode):
             return None
         if any(type(size) is not int for size in sizes) or sizes.count(-1) > 1:
             return None
-        if len(sizes) != len(want) or x.device.type != "meta":
+        if len(sizes) != len(want) or not x.is_meta:
             return None
         fits = all(size in (length, -1) for size, length in zip(sizes, want, strict=True))
         return self._predicted(frame) if fits else None
@@ -217,7 +222,7 @@ class _Rehearsal(TorchFunctionMode):
             return False
         for argument, value in zip(given, recorded, strict=True):
             if isinstance(value, Value):
-                if not isinstance(argument, Tensor) or argument.device.type != "meta":
+                if not isinstance(argument, Tensor):
                     return False
                 if argument.shape != self.prediction.shape(value):
                     return False
@@ -456,6 +461,20 @@ def _inside_torch(frame: FrameType | None) -> bool:
 def _names_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a device is among the arguments."""
     return any(isinstance(a, torch.device) for a in (*args, *kwargs.values()))
+
+
+def _on_meta(given: Sequence[Any]) -> bool:
+    """Whether a tensor among the arguments is one of the stage's.
+
+    The others may be what a module keeps besides its parameters, such as a table of positions.
+    """
+    for argument in given:
+        if isinstance(argument, Tensor):
+            if argument.is_meta:
+                return True
+        elif isinstance(argument, list | tuple) and _on_meta(argument):
+            return True
+    return False
 
 
 def _to_meta(leaf: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,8 +100,8 @@ def _alike(x: Tensor) -> Tensor:
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
     try:
-        return tuple(torch.broadcast_shapes(a, b))
-    except RuntimeError:
+        return np.broadcast_shapes(tuple(a), tuple(b))
+    except ValueError:
         return None
 
 

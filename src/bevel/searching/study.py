@@ -11,8 +11,8 @@ from bevel.core import recipe as recipes
 from bevel.core.errors import BevelError, MissingDependencyError, SearchError
 from bevel.core.progress import note, track
 from bevel.core.recipe import Recipe, SearchSection
-from bevel.pipeline import compress
 from bevel.pipeline.folder import held
+from bevel.pipeline.running import compress
 from bevel.searching.front import pareto_front
 from bevel.searching.objectives import OBJECTIVES, costs, numbers
 from bevel.searching.records import SearchRecord, TrialRecord

@@ -16,8 +16,8 @@ from bevel.core.records import Cost, Measurement, Record
 from bevel.data import Data
 from bevel.data import load as load_data
 from bevel.measurement.bench import Subject, images_for, measure_all
-from bevel.pipeline import compress
 from bevel.pipeline.artifacts import artifact_path
+from bevel.pipeline.running import compress
 from bevel.reporting import read
 from bevel.runtimes import open_artifact
 

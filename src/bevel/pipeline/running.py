@@ -1,0 +1,83 @@
+"""Carry a recipe out, whole or up to its files, or say what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bevel.core import recipe as recipes
+from bevel.core.recipe import Recipe
+from bevel.core.records import RunRecord
+from bevel.pipeline.explanation import Explanation
+from bevel.pipeline.flow import Flow
+from bevel.pipeline.folder import RunFolder, now
+from bevel.pipeline.sharing import adopt
+from bevel.reporting import write
+
+
+def run(
+    recipe: Recipe | Path | str, *, out: Path | str | None = None, overrides: Sequence[str] = ()
+) -> RunRecord:
+    """Carry out a recipe, or go on where a killed run of the same recipe stopped.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        out: the run folder; default `runs/NAME`.
+        overrides: `a.b=c` settings, for a recipe given by its path.
+
+    Returns:
+        The record of the whole run, as in `run.json`. A finished run is not run again.
+
+    Raises:
+        BevelError: what failed and what to do; everything finished so far stays in the folder.
+    """
+    recipe = _loaded(recipe, overrides)
+    path = Path(out) if out is not None else Path("runs") / recipe.name
+    with RunFolder(path, recipe) as folder:
+        if folder.record.finished is None:
+            Flow(recipe, folder).execute()
+            finished = now()
+            write(folder.record.model_copy(update={"finished": finished}), folder.path)
+            folder.update(finished=finished)  # last: a finished run has its report
+        return folder.record
+
+
+def compress(
+    recipe: Recipe, *, out: Path, leading: Sequence[Path] = (), steps: int | None = None
+) -> RunRecord:
+    """Carry out a recipe up to its files, or go on. No test image is looked at.
+
+    `run` in the same folder goes on with measuring.
+
+    Args:
+        recipe: a recipe.
+        out: the run folder.
+        leading: run folders of which finished steps are taken over, as far as they are the same.
+        steps: stop after so many steps, before the files.
+
+    Raises:
+        BevelError: what failed and what to do; everything finished so far stays in the folder.
+    """
+    recipe = _loaded(recipe, ())
+    with RunFolder(out, recipe) as folder:
+        adopt(folder, leading)
+        flow = Flow(recipe, folder)
+        if steps is None:
+            flow.compress()
+        else:
+            flow.advance(steps)
+        return folder.record
+
+
+def explain(recipe: Recipe | Path | str, *, overrides: Sequence[str] = ()) -> Explanation:
+    """What a recipe would do, without training: what can be pruned, what not and why, and costs.
+
+    Raises:
+        BevelError: the recipe cannot be carried out; says why.
+    """
+    return Explanation.of(_loaded(recipe, overrides))
+
+
+def _loaded(recipe: Recipe | Path | str, overrides: Sequence[str]) -> Recipe:
+    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    return loaded.model_copy(update={"search": None})  # a run is the same with any search
