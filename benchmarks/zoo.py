@@ -57,7 +57,7 @@ ALIGN = 8
 ATTEMPTS = 4
 """Requests before a network counts as one that cannot be pruned: a refused one may freeze more."""
 PEER = "torch-pruning"
-PACKAGES = ("bevel", "torch", "torchvision", "timm", PEER)
+PACKAGES = ("bevel", "torch", "torchvision", "timm", "ultralytics", PEER)
 
 Entry = dict[str, Any]
 
@@ -708,20 +708,27 @@ def page(results: Entry) -> str:
         markdown_table(COLUMNS, [_row(entry) for entry in entries]),
         "## Where less than 30 % of the MACs went",
         _reasons(entries),
-        "## Where the peer did not prune",
-        _peer_reasons(entries),
     ]
+    if any("peer" in entry for entry in entries):
+        blocks += ["## Where the peer did not prune", _peer_reasons(entries)]
     return "\n\n".join(blocks) + "\n"
+
+
+CHOICES = {
+    "torchvision": "torchvision (every builder)",
+    "timm": "timm (the smallest of each model file)",
+    "ultralytics": "Ultralytics (of each generation and task the smallest, and unlike ones)",
+}
+"""Library -> which of its networks are in the lists."""
 
 
 def _head(results: Entry) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    torchvision = sum(entry["library"] == "torchvision" for entry in results["networks"])
-    timm = len(results["networks"]) - torchvision
+    counts = Counter(entry["library"] for entry in results["networks"])
+    listed = " and ".join(f"{n} networks of {CHOICES[library]}" for library, n in counts.items())
     return (
-        f"{torchvision} networks of torchvision (every builder) and {timm} of timm (the smallest "
-        "of each model file), random weights, each asked for 50 % of its MACs.\n\n"
+        f"{listed}, random weights, each asked for 50 % of its MACs.\n\n"
         f"`{results['command']}`, {results['started'][:10]}, {machine['processor']}, "
         f"{machine['cores']} cores, {results['threads']} threads, {machine['system']}. {versions}."
     )
@@ -831,15 +838,30 @@ def _methods(results: Entry) -> Iterator[str]:
         "`memory` is the growth of the process's peak over planning and slicing, as a multiple of "
         "the model's size; the peak before it includes building and running the network."
     )
-    yield from _peer_methods()
-    yield (
-        "Detectors get one 320x320 image, resize to 320 and take 200 proposals and 20 detections "
-        "where they would enlarge to 800 and take 1000 and 100; their score threshold is 0, as a "
-        "random detector finds nothing. GoogLeNet and Inception v3 are built without auxiliary "
-        "heads, as the peer's examples do. deepseek_vit, gemma4_vit and qwen3_vit get 126, 240 and "
-        "256 pixels instead of 546 to 768."
-    )
-    yield "timm's own `test_*` miniatures do not count as the smallest of their file."
+    if any("peer" in entry for entry in results["networks"]):
+        yield from _peer_methods()
+    for library in Counter(entry["library"] for entry in results["networks"]):
+        yield INPUTS[library]
+
+
+INPUTS = {
+    "torchvision": (
+        "torchvision's detectors get one 320x320 image, resize to 320 and take 200 proposals and "
+        "20 detections where they would enlarge to 800 and take 1000 and 100; their score "
+        "threshold is 0, as a random detector finds nothing. GoogLeNet and Inception v3 are built "
+        "without auxiliary heads, as the peer's examples do."
+    ),
+    "timm": (
+        "timm's deepseek_vit, gemma4_vit and qwen3_vit get 126, 240 and 256 pixels instead of 546 "
+        "to 768. Its own `test_*` miniatures do not count as the smallest of their file."
+    ),
+    "ultralytics": (
+        "Ultralytics' networks are built from their model files and get one 320x320 image. "
+        "`python benchmarks/zoo.py` leaves them out: the package is under the AGPL, and bevel does "
+        "not need it."
+    ),
+}
+"""Library -> how its networks are built and run."""
 
 
 def _peer_methods() -> Iterator[str]:
@@ -958,7 +980,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument("--docs", type=Path, help="write the page there as well")
     parser.add_argument("--table", type=Path, help="only print the page of these results")
-    parser.add_argument("--only", default=".", help="regular expression on library:name")
+    parser.add_argument(
+        "--only",
+        default="^(torchvision|timm):",
+        help="regular expression on library:name; default: all of torchvision and timm",
+    )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bevel", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--forward", action="store_true", help="build and run, nothing else")

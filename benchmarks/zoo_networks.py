@@ -4,7 +4,7 @@
 
 compares the lists below with the installed torchvision and timm and prints what differs. They are
 committed so that a report names the same networks wherever it is made; `installed_torchvision` and
-`smallest_timm` derive them again.
+`smallest_timm` derive them again. The list of Ultralytics' model files is a choice.
 """
 
 from __future__ import annotations
@@ -158,6 +158,21 @@ TIMM: dict[str, str] = {
 """timm model file -> its member with the fewest parameters, timm's own `test_*` miniatures and
 deprecated names left out."""
 
+_FILES = {
+    "detect": """
+        yolov3-tiny yolov3-spp yolov5n yolov6n yolov8n yolov8n-p2 yolov8n-p6 yolov8n-ghost
+        yolov8n-rtdetr yolov8s-world yolov8s-worldv2 yolov9t yolov9e yolov10n yolov10s yolo11n
+        yolo12n yolo26n yoloe-26n rtdetr-l rtdetr-resnet50
+    """,
+    "segment": "yolov8n-seg yolov9c-seg yolo11n-seg yolo12n-seg yolo26n-seg yolo26n-sem",
+    "depth": "yolo26n-depth",
+    "pose": "yolov8n-pose yolo11n-pose yolo12n-pose yolo26n-pose",
+    "obb": "yolov8n-obb yolo11n-obb yolo12n-obb yolo26n-obb",
+    "classify": "yolov8n-cls yolov8-cls-resnet50 yolo11n-cls yolo12n-cls yolo26n-cls",
+}
+ULTRALYTICS: dict[str, list[str]] = {task: text.split() for task, text in _FILES.items()}
+"""Task -> model files of Ultralytics: of each generation the smallest, and what differs from it."""
+
 SMALL_IMAGE = {"min_size": 320, "max_size": 320}
 """FPN detectors would enlarge any image to 800 pixels; the networks are the same."""
 SMALL_RCNN = {
@@ -213,7 +228,7 @@ CLASSES = {"classification": 1000, "segmentation": 21, "detection": 91, "video":
 
 @dataclass(frozen=True)
 class Network:
-    """One network of the zoo. `family` is torchvision's task or timm's model file."""
+    """One network of the zoo. `family` is the library's task, or timm's model file."""
 
     name: str
     library: str
@@ -221,13 +236,13 @@ class Network:
 
     @property
     def key(self) -> str:
-        """The name that is unique over both libraries."""
+        """The name that is unique over all libraries."""
         return f"{self.library}:{self.name}"
 
     @property
     def task(self) -> str:
         """What kind of output it gives."""
-        return self.family if self.library == "torchvision" else "classification"
+        return "classification" if self.library == "timm" else self.family
 
 
 def networks() -> list[Network]:
@@ -235,7 +250,10 @@ def networks() -> list[Network]:
     vision = [
         Network(name, "torchvision", task) for task, names in TORCHVISION.items() for name in names
     ]
-    return vision + [Network(name, "timm", family) for family, name in TIMM.items()]
+    yolo = [
+        Network(name, "ultralytics", task) for task, names in ULTRALYTICS.items() for name in names
+    ]
+    return [*vision, *(Network(name, "timm", family) for family, name in TIMM.items()), *yolo]
 
 
 def find(key: str) -> Network:
@@ -256,6 +274,11 @@ def build(network: Network) -> nn.Module:
         import timm
 
         net = timm.create_model(network.name, pretrained=False)
+    elif network.library == "ultralytics":
+        import ultralytics
+
+        made = ultralytics.RTDETR if "rtdetr" in network.name else ultralytics.YOLO
+        net = made(f"{network.name}.yaml").model
     else:
         import torchvision
 
@@ -340,6 +363,8 @@ def example_inputs(network: Network, net: nn.Module) -> tuple[Any, ...]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    if network.library == "ultralytics":
+        return (torch.rand((1, 3, 320, 320), generator=generator),)
     if network.task == "detection":
         return ([torch.rand((3, 320, 320), generator=generator)],)
     if network.task == "optical_flow":

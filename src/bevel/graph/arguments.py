@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from bevel.graph.recording import Value
 
-_ARITHMETIC = frozenset(
+ARITHMETIC = frozenset(
     {
         "mul", "div", "add", "sub", "pow", "rsub", "true_divide", "floor_divide", "__rtruediv__",
         "__rdiv__", "__rsub__", "__rpow__", "__rmul__", "__radd__", "tensor", "full", "mul_",
@@ -59,7 +59,7 @@ def integers(arguments: Any) -> Iterator[int]:
 
 def numbers(function: Any, arguments: Any) -> list[Any]:
     """What the function computes with: floats, and integers where they are no sizes."""
-    arithmetic = name_of(function) in _ARITHMETIC
+    arithmetic = name_of(function) in ARITHMETIC
     return [
         leaf
         for leaf in leaves(arguments)

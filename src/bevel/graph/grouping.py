@@ -75,31 +75,39 @@ class Grouping:
         self._same = table.same
         self.class_of = table.tied()
         self._slots = table.slots(self.class_of)
-        self.entries = list(self._entries())
+        self.entries = list(self._entries(table))
+        self._ids = _joined([entry.ids for entry in self.entries])
+        self._ends = np.cumsum([entry.ids.size for entry in self.entries], dtype=np.int64)
+        self._labels = self._labelled()
         self._blocks = self._resolve_blocks()
         self._reasons = self._marked(state.frozen)
         self._freeze_blocks()
         self._inexact = self._marked(state.inexact)
         self._lengths: dict[tuple[Any, ...], Length] = {}
         self._of_extent: dict[Extent, Length] = {}
+        self._members: list[np.ndarray] = []
         self._group_of, self._position, self.groups = self._collect()
 
     # -- nodes ----------------------------------------------------------------------------
 
     def nodes(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """The nodes that hold these ids, level by level, 0 where there is none."""
+        same = self._same[ids]
         for slot in self._slots:
-            held = slot[self._same[ids]]
+            held = slot[same]
             if held.any():
                 yield held
 
-    def _entries(self) -> Iterator[_Entry]:
-        for name, dims in self.state.axes.items():
-            for dim, ids in enumerate(dims):
-                if ids is not None:
-                    yield _Entry(name, dim, ids, node=False)
-                    for held in self.nodes(ids):
-                        yield _Entry(name, dim, held, node=True)
+    def _entries(self, table: NodeTable) -> Iterator[_Entry]:
+        levels = [slot[table.classes] for slot in self._slots]
+        held = [np.logical_or.reduceat(level != 0, table.starts) for level in levels]
+        for number, (name, dim, ids) in enumerate(table.axes):
+            yield _Entry(name, dim, ids, node=False)
+            start = table.starts[number]
+            for level, holds in zip(levels, held, strict=True):
+                if holds[number]:
+                    nodes = level[start : start + ids.size].reshape(ids.shape)
+                    yield _Entry(name, dim, nodes, node=True)
 
     # -- constraints ----------------------------------------------------------------------
 
@@ -110,15 +118,16 @@ class Grouping:
         class; two of a million classes share a sum by chance in 3 of 10^8 networks.
         """
         sums = np.zeros(int(self.class_of.max()) + 1, dtype=np.uint64)
-        if not self.entries:
-            return sums
+        np.add.at(sums, self.class_of[self._ids], self._labels)
+        return sums
+
+    def _labelled(self) -> np.ndarray:
+        """For each id of each entry, the number that stands for its axis."""
         numbers: dict[tuple[str, int, bool], int] = {}
         axes = [numbers.setdefault((e.tensor, e.dim, e.node), len(numbers)) for e in self.entries]
-        hashes = _mixed(np.arange(1, len(numbers) + 1, dtype=np.uint64))[axes]
-        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
-        labels = np.repeat(hashes, [entry.ids.size for entry in self.entries])
-        np.add.at(sums, self.class_of[ids], labels)
-        return sums
+        hashes = _mixed(np.arange(1, len(numbers) + 1, dtype=np.uint64))
+        labels: np.ndarray = np.repeat(hashes[axes], [entry.ids.size for entry in self.entries])
+        return labels
 
     def _resolve_blocks(self) -> list[np.ndarray]:
         """Equal-count constraints as (b, n) arrays of classes.
@@ -225,7 +234,8 @@ class Grouping:
         group = _numbered(kinds)
         group_of[order] = group
         ends = np.cumsum(np.bincount(group))
-        members = np.split(order[np.argsort(group, kind="stable")], ends[:-1])
+        self._members = np.split(order[np.argsort(group, kind="stable")], ends[:-1])
+        members = self._members
         for units in members:
             position[units] = np.arange(len(units))
         touching, runs = self._axes_by_group(group_of, position, len(members))
@@ -249,8 +259,7 @@ class Grouping:
 
     def _in_order(self, count: int) -> np.ndarray:
         """The classes that lie along an axis, in the order in which they are met."""
-        ids = np.concatenate([entry.ids.reshape(-1) for entry in self.entries])
-        classes = self.class_of[ids[ids != 0]]
+        classes = self.class_of[self._ids[self._ids != 0]]
         places = np.arange(len(classes))
         first = np.zeros(count, dtype=np.int64)
         first[classes[::-1]] = places[::-1]  # of several places, the last one written stays
@@ -262,18 +271,20 @@ class Grouping:
     ) -> tuple[list[list[Axis]], list[bool]]:
         touching: list[list[Axis]] = [[] for _ in range(count)]
         runs = [False] * count
-        for entry in self.entries:
-            classes = self.class_of[entry.ids]
-            owners = np.where(entry.ids == 0, -1, group_of[classes])
-            numbers = _distinct(owners)
-            for number in numbers:
-                if number < 0:
-                    continue
-                units = position[classes]
-                if len(numbers) > 1:
-                    units = np.where(owners == number, units, -1)
-                touching[number].append(Axis(entry.tensor, entry.dim, units))
-                runs[number] |= entry.node
+        classes = self.class_of[self._ids]
+        owners = np.where(self._ids == 0, -1, group_of[classes])
+        units = position[classes]
+        changes = np.cumsum(np.r_[False, owners[1:] != owners[:-1]])
+        starts = np.r_[0, self._ends[:-1]]
+        alone = changes[starts] == changes[self._ends - 1]  # one group along the whole entry
+        for entry, start, end, one in zip(self.entries, starts, self._ends, alone, strict=True):
+            own, places = owners[start:end], units[start:end]
+            for number in [int(own[0])] if one else _distinct(own):
+                if number >= 0:
+                    mine = places if one else np.where(own == number, places, -1)
+                    axis = Axis(entry.tensor, entry.dim, mine.reshape(entry.ids.shape))
+                    touching[number].append(axis)
+                    runs[number] |= entry.node
         return touching, runs
 
     def group_of(self, ids: np.ndarray) -> np.ndarray:
@@ -308,7 +319,7 @@ class Grouping:
         known = self._of_extent.get(extent)
         if known is None:
             ids = extent.ids
-            key = (ids.ctypes.data, ids.shape, ids.strides, extent.level)  # many are one view
+            key = (self._same[ids].tobytes(), ids.shape, extent.level)  # many are one and the same
             if key not in self._lengths:
                 self._lengths[key] = self._length(extent)
             known = self._of_extent[extent] = self._lengths[key]
@@ -345,8 +356,7 @@ class Grouping:
         """Per id whether it stays, by itself and with the nodes that hold it."""
         by_class = np.ones(len(self._group_of), dtype=bool)
         for number, mask in keep.items():
-            units = np.flatnonzero(self._group_of == number)
-            by_class[units] = mask[self._position[units]]
+            by_class[self._members[number]] = mask
         own = by_class[self.class_of]
         own[0] = True
         whole = own.copy()
@@ -354,6 +364,11 @@ class Grouping:
         for held in self.nodes(every):
             whole &= own[held]
         return own, whole
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The elements of all of them, one after the other."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(array.reshape(-1) for array in arrays)])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -38,6 +38,10 @@ SEARCHES = 24
 """Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
 
 
+FEW = 3
+"""Attributes that are tried one by one."""
+
+
 class PassChangedError(Exception):
     """The network does not do the same twice, as when its first pass fills a cache."""
 
@@ -362,6 +366,9 @@ class _Search:
         """The groups that cause faults when they are cut alone, and where."""
         places = {(fault.place, fault.kind) for fault in faults}
         self.until = max(fault.position for fault in faults)
+        for held in self._held(faults):
+            if not self._faulty(places, [number for number in self.keep if number not in held]):
+                return [(number, min(place for place, _ in places)) for number in sorted(held)]
         likely = self._touched(faults) if faults[0].kind is Kind.NUMBER else self._sized(faults)
         rest = [number for number in self.keep if number not in likely]
         if faults[0].kind is Kind.NUMBER:  # a mark too many costs some proof, a search costs time
@@ -370,6 +377,21 @@ class _Search:
             found = list(self._culprits(places, likely)) if likely else []
         found += self._culprits(places, rest) if rest else []
         return found
+
+    def _held(self, faults: Sequence[Fault]) -> list[set[int]]:
+        """The groups whose size an attribute follows that the code at fault names.
+
+        Attribute by attribute, where there are few, and then all together.
+        """
+        found: defaultdict[str, set[int]] = defaultdict(set)
+        for site in self.grouping.state.sizes:
+            name = site.attribute.partition("[")[0]
+            if any(site.module == fault.modules[0] and name in fault.names for fault in faults):
+                groups = set(np.unique(self.grouping.members(site.extents[0])[0]).tolist())
+                found[name] |= groups & self.keep.keys()
+        alone = [groups for groups in found.values() if groups]
+        together = [set().union(*alone)] if len(alone) > 1 else []
+        return [*(alone if len(alone) <= FEW else []), *together]
 
     def _touched(self, faults: Sequence[Fault]) -> list[int]:
         """The groups of the tensors that the number meets."""
@@ -398,12 +420,16 @@ class _Search:
             yield from ((number, min(place for place, _ in places)) for number in numbers)
             return
         self.left -= 1
-        prediction = Prediction(self.grouping, {n: self.keep[n] for n in numbers})
-        found = rehearse(self.stage, self.recording, prediction, until=self.until)
-        here = sorted({f.place for f in found if (f.place, f.kind) in places})
+        here = self._faulty(places, numbers)
         if here and len(numbers) == 1:
             yield numbers[0], ", ".join(here)
         elif here:
             middle = len(numbers) // 2
             yield from self._culprits(places, numbers[:middle])
             yield from self._culprits(places, numbers[middle:])
+
+    def _faulty(self, places: set[tuple[str, Kind]], numbers: Sequence[int]) -> list[str]:
+        """Those of the places that are at fault when these groups alone are cut."""
+        prediction = Prediction(self.grouping, {n: self.keep[n] for n in numbers})
+        found = rehearse(self.stage, self.recording, prediction, until=self.until)
+        return sorted({f.place for f in found if (f.place, f.kind) in places})

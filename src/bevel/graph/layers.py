@@ -50,13 +50,12 @@ class Layer:
             can have any length there.
     """
 
-    __slots__ = ("_compact", "_extent", "dim", "dims", "ids", "virtual")
+    __slots__ = ("_compact", "dim", "dims", "ids", "virtual")
 
     def __init__(self, ids: Tensor, dim: int, *, virtual: bool = False) -> None:
         self.ids, self.dim, self.virtual = ids, dim, virtual
         self.dims = varying(ids)
         self._compact: Tensor | None = None
-        self._extent: Extent | None = None
 
     @property
     def flat(self) -> bool:
@@ -73,12 +72,15 @@ class Layer:
         """The ids of a flat layer, of shape (size,)."""
         return self.compact().reshape(-1)
 
+    def place(self) -> tuple[int, int, int, bool]:
+        """What tells the ids along `dim` from others: layers that are the same views share it."""
+        ids, dim = self.ids, self.dim
+        return ids.data_ptr(), ids.shape[dim], ids.stride(dim), self.flat
+
     def extent(self) -> Extent:
-        """The length of `dim`, always the same object."""
-        if self._extent is None:
-            row = compact(self.ids, (self.dim,))
-            self._extent = Extent(row.reshape(-1).numpy(), level=not self.flat)
-        return self._extent
+        """The length of `dim`."""
+        row = compact(self.ids, (self.dim,))
+        return Extent(row.reshape(-1).numpy(), level=not self.flat)
 
     def moved(self, ids: Tensor, dim: int) -> Layer:
         """The same layer elsewhere."""

@@ -97,6 +97,7 @@ class Propagation:
         """Index of a call -> integers among its arguments that must follow these lengths."""
         self.position = 0
         self._shrinking: dict[int, tuple[tuple[int, tuple[Extent, ...]], ...]] = {}
+        self._extents: dict[tuple[int, int, int, bool], Extent] = {}
         self.count = 1  # id 0 means: belongs to nothing that can be removed
 
     # -- ids ------------------------------------------------------------------------------
@@ -321,7 +322,15 @@ class Propagation:
 
     def extents(self, layers: Iterable[Layer], dim: int) -> tuple[Extent, ...]:
         """The length of a dimension as numbers of ids that stay; empty if it cannot shrink."""
-        return tuple(layer.extent() for layer in layers if layer.dim == dim)
+        return tuple(self._extent(layer) for layer in layers if layer.dim == dim)
+
+    def _extent(self, layer: Layer) -> Extent:
+        """The length of a layer's dimension: the same object for all layers of the same ids."""
+        place = layer.place()
+        known = self._extents.get(place)
+        if known is None:  # it holds the memory of the ids, so no others will ever lie there
+            known = self._extents[place] = layer.extent()
+        return known
 
     def shrinking(self, value: Value) -> tuple[tuple[int, tuple[Extent, ...]], ...]:
         """The dimensions of a tensor that have layers, with their extents; after the walk only."""

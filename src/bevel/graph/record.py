@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, ModelError, one_line
 from bevel.core.modes import evaluating
+from bevel.graph.arguments import leaves
 from bevel.graph.deferred import Deferred, written
 from bevel.graph.holding import holding
 from bevel.graph.naming import named_modules, named_tensors
@@ -384,7 +385,7 @@ def is_frame(function: Any, result: Any) -> bool:
         return True
     if result is None or isinstance(result, str | int | float | torch.Size):
         return False
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+    return any(isinstance(leaf, Tensor) for leaf in leaves(result))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bevel.core.errors import FORWARD_FAULTS, one_line
-from bevel.graph.arguments import integers, leaves, name_of, numbers
+from bevel.graph.arguments import ARITHMETIC, integers, leaves, name_of, numbers
 from bevel.graph.faults import (
     Fault,
     Kind,
@@ -94,15 +94,16 @@ _FOLLOWING = frozenset(
         "dropout", "softmax", "log_softmax", "exp", "log", "sqrt", "rsqrt", "clamp", "erf", "abs",
         "add", "add_", "__add__", "__radd__", "iadd", "__iadd__", "mul", "mul_", "__mul__",
         "__rmul__", "__imul__", "sub", "sub_", "__sub__", "rsub", "__rsub__", "__isub__", "div",
-        "div_", "__truediv__", "__rdiv__", "__rtruediv__", "true_divide", "pow", "__pow__", "neg",
-        "eq", "__eq__", "ne", "__ne__", "lt", "__lt__", "gt", "__gt__", "le", "__le__", "ge",
-        "__ge__", "masked_fill", "masked_fill_", "where", "lerp", "maximum", "minimum",
-        "contiguous", "float", "to", "type_as", "clone", "detach",
+        "div_", "__truediv__", "__rdiv__", "__rtruediv__", "true_divide", "pow", "__pow__",
+        "__rpow__", "neg", "eq", "__eq__", "ne", "__ne__", "lt", "__lt__", "gt", "__gt__", "le",
+        "__le__", "ge", "__ge__", "masked_fill", "masked_fill_", "where", "lerp", "maximum",
+        "minimum", "contiguous", "float", "to", "type_as", "clone", "detach",
         "conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "bmm", "einsum",
         "batch_norm", "instance_norm", "layer_norm", "rms_norm", "lstm", "gru",
         "scaled_dot_product_attention", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
         "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d", "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
+        "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+        "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
         "cat", "concat", "stack", "transpose", "permute", "unsqueeze", "flatten", "roll", "flip",
         "normalize", "group_norm", "norm", "var", "std", "amax", "amin", "cumsum", "clamp_min",
         "clamp_max", "addcmul", "remainder", "sin", "cos",
@@ -118,6 +119,9 @@ _RESHAPING = frozenset({"view", "reshape"})
 
 _NORMALIZED = frozenset({"layer_norm", "rms_norm"})
 """Functions whose second argument is the shape of the last dimensions of the first."""
+
+
+COMPUTED = "a number computed from a size"
 
 
 class _Rehearsal(TorchFunctionMode):
@@ -174,8 +178,15 @@ class _Rehearsal(TorchFunctionMode):
         follows as it shall.
         """
         given = (*args, *kwargs.values())
-        if not _on_meta(given) or not self._same(given, frame.arguments, self._following(frame)):
+        if not _on_meta(given):
             return None
+        follow = self._following(frame)
+        if not self._same(given, frame.arguments, follow):
+            if name_of(frame.function) not in ARITHMETIC:
+                return None
+            if not self._same(_other_numbers(given, frame.arguments), frame.arguments, follow):
+                return None
+            self.faults.append(self.fault(frame, COMPUTED, kind=Kind.NUMBER))
         for argument, value in zip(given, frame.arguments, strict=True):
             if value is frame.result:  # in place
                 return argument
@@ -259,7 +270,7 @@ class _Rehearsal(TorchFunctionMode):
         for unexpected in self._unexpected(frame, seen):
             self.faults.append(self.fault(frame, unexpected, (args, kwargs)))
         if numbers(func, (args, kwargs)) != numbers(func, frame.arguments):
-            self.faults.append(self.fault(frame, "a number computed from a size", kind=Kind.NUMBER))
+            self.faults.append(self.fault(frame, COMPUTED, kind=Kind.NUMBER))
         return result
 
     def _repair(self, frame: Frame, error: str, arguments: Any) -> Any:
@@ -312,9 +323,12 @@ class _Rehearsal(TorchFunctionMode):
                 return leaf
             return torch.empty(self.prediction.shape(leaf), dtype=leaf.dtype, device="meta")
 
-        if isinstance(frame.result, Value):
-            return make(frame.result)
-        return tree_map(make, frame.result)
+        result = frame.result
+        if isinstance(result, Value):
+            return make(result)
+        if type(result) in (tuple, list) and all(isinstance(item, Value) for item in result):
+            return type(result)(map(make, result))
+        return tree_map(make, result)
 
     def _wrong(self, frame: Frame, result: Any) -> str:
         given, expected = list(leaves(result)), list(leaves(frame.result))
@@ -461,6 +475,16 @@ def _inside_torch(frame: FrameType | None) -> bool:
 def _names_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a device is among the arguments."""
     return any(isinstance(a, torch.device) for a in (*args, *kwargs.values()))
+
+
+def _other_numbers(given: Sequence[Any], recorded: Sequence[Any]) -> list[Any]:
+    """The arguments, with numbers as they were recorded."""
+    pairs = zip(given, recorded, strict=False)
+    alike = [b if type(a) in _NUMBERS and type(b) in _NUMBERS else a for a, b in pairs]
+    return [*alike, *given[len(alike) :]]
+
+
+_NUMBERS = (int, float)
 
 
 def _on_meta(given: Sequence[Any]) -> bool:
