@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -1241,6 +1242,37 @@ def test_a_registered_resizer_lets_it_follow(monkeypatch):
         Scaled, lambda module: module.config.update(size=module.weight.shape[0])
     )
     check(Structure(lambda: Net(Scaled(16)), exact=["stem.0.weight", "body.weight"]))
+
+
+class Halves(nn.Module):
+    """Ultralytics' C2f in small: the exporter puts `forward_split` in the place of `forward`."""
+
+    __module__, __qualname__ = "ultralytics.nn.modules.block", "C2f"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 12
+        self.cv1 = nn.Sequential(OrderedDict(conv=nn.Conv2d(16, 24, 1), act=nn.SiLU()))
+        self.m = nn.Conv2d(12, 10, 3, padding=1)
+        self.cv2 = nn.Conv2d(12 + 12 + 10, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.cv1(x).chunk(2, 1)
+        return self.cv2(torch.cat([first, second, self.m(second)], 1))
+
+    def forward_split(self, x: Tensor) -> Tensor:
+        first, second = self.cv1(x).split((self.c, self.c), 1)
+        return self.cv2(torch.cat([first, second, self.m(second)], 1))
+
+
+def test_what_only_another_forward_of_a_known_library_reads_follows():
+    net = randomise(Net(Halves()))
+    plan = bevel.plan_pruning(net, IMAGE, criterion="l2", ratio=0.5, align=2)
+    pruned = bevel.prune(net, plan)
+    assert pruned.body.c == 6
+    expected = pruned(IMAGE)
+    pruned.body.forward = pruned.body.forward_split
+    assert torch.equal(pruned(IMAGE), expected)
 
 
 def test_sizes_in_numbers_do_not_change_the_network_they_are_rehearsed_on():

@@ -1,14 +1,16 @@
 """Module attributes that say how large a module's tensors are: they follow a cut.
 
 `RESIZERS` maps a module type to the function that makes its attributes agree with its sliced
-parameters; `register_resizer` adds a user's own. Attributes that a forward reads for its views
-(`num_heads`, `head_dim`) are found without a table, see `graph.hardwired`.
+parameters, `NAMED` does so for types of libraries that bevel does not import; `register_resizer`
+adds a user's own. Attributes that a forward reads for its views (`num_heads`, `head_dim`) are found
+without a table, see `graph.hardwired`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -78,6 +80,11 @@ def attention(module: nn.MultiheadAttention) -> None:
         module.head_dim = module.embed_dim // module.num_heads
 
 
+def halves(module: Any) -> None:
+    """Ultralytics' exporter has another forward for these blocks, which splits by this number."""
+    module.c = module.cv1.conv.weight.shape[0] // 2
+
+
 RESIZERS: dict[type[nn.Module], Resizer] = {
     _ConvTransposeNd: conv_transpose,
     _ConvNd: conv,
@@ -93,6 +100,13 @@ RESIZERS: dict[type[nn.Module], Resizer] = {
 }
 
 
+NAMED: dict[str, Resizer] = {
+    "ultralytics.nn.modules.block.C2f": halves,
+    "ultralytics.nn.modules.block.C2fAttn": halves,
+    "ultralytics.nn.modules.block.RepNCSPELAN4": halves,
+}
+
+
 def register_resizer(kind: type[nn.Module], resizer: Resizer) -> None:
     """Teach bevel the size attributes of a module type and its subclasses.
 
@@ -101,14 +115,24 @@ def register_resizer(kind: type[nn.Module], resizer: Resizer) -> None:
         resizer: called with a module whose parameters are already sliced; sets its attributes.
     """
     RESIZERS[kind] = resizer
+    _resizer.cache_clear()
 
 
 def resize(module: nn.Module) -> None:
     """Make a module's size attributes agree with its sliced parameters."""
-    for kind in type(module).__mro__:
-        if kind in RESIZERS:
-            RESIZERS[kind](module)
-            return
+    resizer = _resizer(type(module))
+    if resizer is not None:
+        resizer(module)
+
+
+@cache
+def _resizer(kind: type[nn.Module]) -> Resizer | None:
+    """That of the class, or of the nearest one that it is made from."""
+    for base in kind.__mro__:
+        found = RESIZERS.get(base) or NAMED.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            return found
+    return None
 
 
 _ITEM = re.compile(r"(\w+)\[(\d+)\]")
