@@ -120,13 +120,13 @@ def register_resizer(kind: type[nn.Module], resizer: Resizer) -> None:
 
 def resize(module: nn.Module) -> None:
     """Make a module's size attributes agree with its sliced parameters."""
-    resizer = _resizer(type(module))
+    resizer = _resizer(type(module))  # type: ignore[arg-type]  # mypy: of the instance's hash
     if resizer is not None:
         resizer(module)
 
 
 @cache
-def _resizer(kind: type[nn.Module]) -> Resizer | None:
+def _resizer(kind: type[Any]) -> Resizer | None:
     """That of the class, or of the nearest one that it is made from."""
     for base in kind.__mro__:
         found = RESIZERS.get(base) or NAMED.get(f"{base.__module__}.{base.__qualname__}")
