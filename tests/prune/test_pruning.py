@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import bevel
@@ -475,3 +475,24 @@ def test_padded_resnet_prunes_its_residual_stream():
     assert "conv1" in cut
     fronts = {name for name, values in plan.attributes.items() if "front" in values}
     assert len(fronts) == 2
+
+
+class Masking(nn.Module):
+    """Leaves out random places in eval mode too, as masked autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(len(x), 1, *x.shape[2:]) > 0.5
+        return self.second(self.first(x).relu() * kept)
+
+
+def test_a_network_that_draws_random_numbers_is_proven_and_leaves_the_users_alone():
+    net, image = Masking().eval(), torch.randn(2, 3, 8, 8)
+    plan = bevel.plan_pruning(net, image, criterion="l2", ratio=0.5, align=4)
+    before = torch.get_rng_state()
+    proof = bevel.verify_pruning(net, bevel.prune(net, plan), plan, image)
+    assert proof.passed and not proof.unproven
+    assert torch.equal(torch.get_rng_state(), before)
