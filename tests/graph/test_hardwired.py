@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import bevel
 from bevel.graph import hardwired
+from bevel.graph.attributes import integers
 from bevel.graph.faults import given_names
 from bevel.pruning.plan import make_plan
 from graph.structures import Net, Structure, check
@@ -167,3 +168,21 @@ def test_a_number_computed_from_an_attribute_is_put_down_to_its_group(monkeypatc
     inexact = {n for n, group in enumerate(analysis.groups) if group.inexact is not None}
     assert inexact == own  # not what is beside it
     assert len(runs) < 8  # no search: 12 blocks would take dozens
+
+
+class Table(nn.Module):
+    """A long list of numbers beside a size, as tables of relative positions are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.table = 12, list(range(20_000))
+        self.first, self.last = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x).split([self.width, self.width], 1)
+        return self.last(torch.cat([second, first], 1))
+
+
+def test_a_long_table_is_not_searched_for_sizes():
+    assert set(integers(Table())) == {"width"}
+    assert cut(randomise(Table()), {"width": 7}).first.out_channels == 14

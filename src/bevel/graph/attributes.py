@@ -135,6 +135,9 @@ def _resizer(kind: type[Any]) -> Resizer | None:
     return None
 
 
+LONGEST = 64
+"""Items of a list or tuple of sizes; longer ones are tables of something else."""
+
 _ITEM = re.compile(r"(\w+)\[(\d+)\]")
 
 
@@ -144,7 +147,7 @@ def integers(module: nn.Module) -> dict[str, int]:
     for name, value in vars(module).items():
         if isinstance(value, int) and not isinstance(value, bool):
             found[name] = value
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and len(value) <= LONGEST:
             for position, item in enumerate(value):
                 if isinstance(item, int) and not isinstance(item, bool):
                     found[f"{name}[{position}]"] = item
