@@ -19,6 +19,8 @@ from bevel.graph.layers import Extent
 from bevel.graph.nodes import NodeTable
 from bevel.graph.propagate import Blocks, Mark, Propagation
 
+EMPTY = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -76,17 +78,16 @@ class Grouping:
         self.class_of = table.tied()
         self._slots = table.slots(self.class_of)
         self.entries = list(self._entries(table))
-        self._ids = _joined([entry.ids for entry in self.entries])
-        self._ends = np.cumsum([entry.ids.size for entry in self.entries], dtype=np.int64)
-        self._labels = self._labelled()
-        self._blocks = self._resolve_blocks()
+        # Of all entries, one after the other; not kept, as there are many.
+        ids = np.concatenate([EMPTY, *(entry.ids.reshape(-1) for entry in self.entries)])
+        self._blocks = self._resolve_blocks(ids)
         self._reasons = self._marked(state.frozen)
         self._freeze_blocks()
         self._inexact = self._marked(state.inexact)
         self._lengths: dict[tuple[Any, ...], Length] = {}
         self._of_extent: dict[Extent, Length] = {}
         self._members: list[np.ndarray] = []
-        self._group_of, self._position, self.groups = self._collect()
+        self._group_of, self._position, self.groups = self._collect(ids)
 
     # -- nodes ----------------------------------------------------------------------------
 
@@ -99,11 +100,13 @@ class Grouping:
                 yield held
 
     def _entries(self, table: NodeTable) -> Iterator[_Entry]:
-        levels = [slot[table.classes] for slot in self._slots]
+        classes = table.classes() if len(self._slots) else EMPTY
+        levels = [slot[classes] for slot in self._slots]
         held = [np.logical_or.reduceat(level != 0, table.starts) for level in levels]
-        for number, (name, dim, ids) in enumerate(table.axes):
+        for number, ((name, dim, ids), start) in enumerate(
+            zip(table.axes, table.starts, strict=True)
+        ):
             yield _Entry(name, dim, ids, node=False)
-            start = table.starts[number]
             for level, holds in zip(levels, held, strict=True):
                 if holds[number]:
                     nodes = level[start : start + ids.size].reshape(ids.shape)
@@ -111,17 +114,17 @@ class Grouping:
 
     # -- constraints ----------------------------------------------------------------------
 
-    def _signatures(self) -> np.ndarray:
+    def _signatures(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """For each class, a hash of its signature: which axes it touches, how often.
 
         A random 64-bit number stands for each axis, and the sum of those that it touches for a
         class; two of a million classes share a sum by chance in 3 of 10^8 networks.
         """
         sums = np.zeros(int(self.class_of.max()) + 1, dtype=np.uint64)
-        np.add.at(sums, self.class_of[self._ids], self._labels)
+        np.add.at(sums, self.class_of[ids], labels)
         return sums
 
-    def _labelled(self) -> np.ndarray:
+    def _labels(self) -> np.ndarray:
         """For each id of each entry, the number that stands for its axis."""
         numbers: dict[tuple[str, int, bool], int] = {}
         axes = [numbers.setdefault((e.tensor, e.dim, e.node), len(numbers)) for e in self.entries]
@@ -129,7 +132,7 @@ class Grouping:
         labels: np.ndarray = np.repeat(hashes[axes], [entry.ids.size for entry in self.entries])
         return labels
 
-    def _resolve_blocks(self) -> list[np.ndarray]:
+    def _resolve_blocks(self, ids: np.ndarray) -> list[np.ndarray]:
         """Equal-count constraints as (b, n) arrays of classes.
 
         Where units of one block are not interchangeable, or two constraints cut the same units
@@ -138,8 +141,9 @@ class Grouping:
         """
         constraints = [*self.state.blocks, *self._node_blocks()]
         pending = list(constraints)
+        labels = self._labels()
         while True:
-            self.signatures = self._signatures()
+            self.signatures = self._signatures(ids, labels)
             kept, clash = self._compatible(pending)
             if not clash:
                 return kept
@@ -215,7 +219,7 @@ class Grouping:
 
     # -- groups ---------------------------------------------------------------------------
 
-    def _collect(self) -> tuple[np.ndarray, np.ndarray, list[ChannelGroup]]:
+    def _collect(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[ChannelGroup]]:
         count = int(self.class_of.max()) + 1
         group_of = np.full(count, -1, dtype=np.int64)
         position = np.full(count, -1, dtype=np.int64)
@@ -224,7 +228,7 @@ class Grouping:
         constraint_of = np.full(count, -1, dtype=np.int64)
         for index, classes in enumerate(self._blocks):
             constraint_of[classes] = index
-        order = self._in_order(count)
+        order = self._in_order(ids, count)
         kinds = _combined(
             self.signatures[order],
             self._reasons.of(order),
@@ -238,7 +242,7 @@ class Grouping:
         members = self._members
         for units in members:
             position[units] = np.arange(len(units))
-        touching, runs = self._axes_by_group(group_of, position, len(members))
+        touching, runs = self._axes_by_group(ids, group_of, position, len(members))
         names = _names(touching)
         groups = []
         for number, units in enumerate(members):
@@ -257,9 +261,9 @@ class Grouping:
             )
         return group_of, position, groups
 
-    def _in_order(self, count: int) -> np.ndarray:
+    def _in_order(self, ids: np.ndarray, count: int) -> np.ndarray:
         """The classes that lie along an axis, in the order in which they are met."""
-        classes = self.class_of[self._ids[self._ids != 0]]
+        classes = self.class_of[ids[ids != 0]]
         places = np.arange(len(classes))
         first = np.zeros(count, dtype=np.int64)
         first[classes[::-1]] = places[::-1]  # of several places, the last one written stays
@@ -267,21 +271,22 @@ class Grouping:
         return found
 
     def _axes_by_group(
-        self, group_of: np.ndarray, position: np.ndarray, count: int
+        self, ids: np.ndarray, group_of: np.ndarray, position: np.ndarray, count: int
     ) -> tuple[list[list[Axis]], list[bool]]:
         touching: list[list[Axis]] = [[] for _ in range(count)]
         runs = [False] * count
-        classes = self.class_of[self._ids]
-        owners = np.where(self._ids == 0, -1, group_of[classes])
-        units = position[classes]
-        changes = np.cumsum(np.r_[False, owners[1:] != owners[:-1]])
-        starts = np.r_[0, self._ends[:-1]]
-        alone = changes[starts] == changes[self._ends - 1]  # one group along the whole entry
-        for entry, start, end, one in zip(self.entries, starts, self._ends, alone, strict=True):
+        classes = self.class_of[ids]
+        owners, units = np.where(ids == 0, -1, group_of[classes]), position[classes]
+        ends = np.cumsum([entry.ids.size for entry in self.entries], dtype=np.int64)
+        starts = np.r_[0, ends[:-1]]
+        changed = np.r_[False, owners[1:] != owners[:-1]]
+        changed[starts] = False
+        mixed = np.logical_or.reduceat(changed, starts)  # several groups along one entry
+        for entry, start, end, several in zip(self.entries, starts, ends, mixed, strict=True):
             own, places = owners[start:end], units[start:end]
-            for number in [int(own[0])] if one else _distinct(own):
+            for number in _distinct(own) if several else [int(own[0])]:
                 if number >= 0:
-                    mine = places if one else np.where(own == number, places, -1)
+                    mine = np.where(own == number, places, -1) if several else places
                     axis = Axis(entry.tensor, entry.dim, mine.reshape(entry.ids.shape))
                     touching[number].append(axis)
                     runs[number] |= entry.node
@@ -364,11 +369,6 @@ class Grouping:
         for held in self.nodes(every):
             whole &= own[held]
         return own, whole
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The elements of all of them, one after the other."""
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(array.reshape(-1) for array in arrays)])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

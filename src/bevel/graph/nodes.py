@@ -18,7 +18,7 @@ class NodeTable:
     Attributes:
         same: (ids,) the class of each id; ids that are one and the same index are in one.
         axes: name, dimension and ids of every parameter axis that has ids.
-        starts: where each of them begins in `classes`, which has those of all, axis by axis.
+        starts: where each of them begins in `classes()`, which has those of all, axis by axis.
     """
 
     def __init__(self, state: Propagation) -> None:
@@ -30,12 +30,17 @@ class NodeTable:
             for dim, ids in enumerate(dims)
             if ids is not None and ids.size
         ]
-        ids = [ids.reshape(-1) for *_, ids in self.axes]
-        self.starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)[:-1]
-        self.classes = self.same[np.concatenate([np.zeros(0, dtype=np.int64), *ids])]
+        sizes = [ids.size for *_, ids in self.axes]
+        self.starts = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
         alike = self._alike()
         self._tied = Classes(merged(self.same, alike))
         self._held, self._owner = self._holders(merged(np.arange(state.count), alike))
+
+    def classes(self) -> np.ndarray:
+        """The classes of the ids of all axes, one axis after the other."""
+        ids = (ids.reshape(-1) for *_, ids in self.axes)
+        found: np.ndarray = self.same[np.concatenate([np.zeros(0, dtype=np.int64), *ids])]
+        return found
 
     def tied(self) -> np.ndarray:
         """(ids,) the class of each id; ids that go together, by the ties so far, are in one."""
