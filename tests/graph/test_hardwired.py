@@ -186,3 +186,27 @@ class Table(nn.Module):
 def test_a_long_table_is_not_searched_for_sizes():
     assert set(integers(Table())) == {"width"}
     assert cut(randomise(Table()), {"width": 7}).first.out_channels == 14
+
+
+class Bounded(nn.Module):
+    """Cuts out a part between bounds that a buffer holds, and writes into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+        self.register_buffer("bounds", torch.tensor([2, 6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.bounds[0], self.bounds[1]
+        y = self.last(self.first(x).relu())
+        middle = y[:, :, low:high].sigmoid()
+        y[:, :, low:high] = middle
+        return y
+
+
+def test_bounds_of_a_slice_may_be_tensors():
+    net = randomise(Bounded())
+    plan = bevel.plan_pruning(net, IMAGE, criterion="l2", ratio=0.5, align=4)
+    pruned = bevel.prune(net, plan)
+    assert pruned.first.out_channels == 8
+    assert not bevel.verify_pruning(net, pruned, plan, IMAGE).unproven

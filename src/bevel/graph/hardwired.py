@@ -103,6 +103,8 @@ def follow_sizes(
 
 def _tie_attention(state: Propagation) -> None:
     """torch's attention layer is as wide inside as outside, and the number of heads stays."""
+    names: list[str] = []
+    owner = np.full(state.count, -1, dtype=np.int64)
     for name, module in state.modules.items():
         if not isinstance(module, nn.MultiheadAttention):
             continue
@@ -117,9 +119,13 @@ def _tie_attention(state: Propagation) -> None:
         for row in rows:
             state.ties.append((row, packed[1]))
         state.inexact.append(Mark(packed[1], f"the scale depends on it: {name}", True))
-        for nodes in state.nodes.values():
-            if np.isin(nodes.leaves, rows).any():
-                state.frozen.append(Mark(nodes.nodes, f"the number of heads of {name}", True))
+        owner[rows] = len(names)
+        names.append(name)
+    for nodes in state.nodes.values() if names else ():
+        for number in np.unique(owner[nodes.leaves]).tolist():
+            if number >= 0:
+                where = f"the number of heads of {names[number]}"
+                state.frozen.append(Mark(nodes.nodes, where, True))
 
 
 class _Resolver:
