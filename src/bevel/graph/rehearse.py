@@ -106,13 +106,16 @@ _FOLLOWING = frozenset(
         "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
         "cat", "concat", "stack", "transpose", "permute", "unsqueeze", "flatten", "roll", "flip",
         "normalize", "group_norm", "norm", "var", "std", "amax", "amin", "cumsum", "clamp_min",
-        "clamp_max", "addcmul", "remainder", "sin", "cos", "multi_head_attention_forward",
+        "clamp_max", "addcmul", "remainder", "sin", "cos",
     }
 )  # fmt: skip
 """Functions whose result has the right shape if their arguments have it.
 
 None of them takes a length as a number, but for `_NORMALIZED` and what handlers `expect`.
 """
+
+_ATTENTION = "multi_head_attention_forward"
+"""Which is told its width; its result has the right shape if that fits its weights."""
 
 _RESHAPING = frozenset({"view", "reshape"})
 """Functions whose arguments are a tensor and the sizes that it gets."""
@@ -162,7 +165,7 @@ class _Rehearsal(TorchFunctionMode):
             return expected.result
         name = name_of(func)
         known = None
-        if name in _FOLLOWING:
+        if name in _FOLLOWING or (name == _ATTENTION and self._width_of_attention(expected)):
             known = self._shortcut(expected, args, kwargs)
         elif name in _RESHAPING:
             known = self._reshaped(expected, args, kwargs)
@@ -243,16 +246,24 @@ class _Rehearsal(TorchFunctionMode):
             for number, extent in expected.get(position, ()):
                 follow[number] = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
         name = name_of(frame.function)
-        if name == "multi_head_attention_forward":  # queries, ..., their width, heads
-            query, *_, width, heads = frame.arguments[:5]
-            left = self.prediction.shape(query)[-1]
-            if left % heads == 0:
-                follow[width] = left
+        if name == _ATTENTION:
+            follow |= self._width_of_attention(frame)
         if name in _NORMALIZED:
             value, shape = frame.arguments[:2]
             tail = self.prediction.shape(value)[-len(shape) :]
             follow.update(zip(shape, tail, strict=True))
         return follow
+
+    def _width_of_attention(self, frame: Frame) -> dict[int, int]:
+        """The width that torch's attention is told, if its weights fit what it gets."""
+        query, _, _, width, heads, packed, *_ = frame.arguments
+        last = frame.argument(11, "out_proj_weight")
+        if not isinstance(packed, Value) or not isinstance(last, Value):
+            return {}
+        left = self.prediction.shape(query)[-1]
+        inside = self.prediction.shape(packed)
+        fits = inside == (3 * left, left) and self.prediction.shape(last)[1] == left
+        return {width: left} if fits and left % heads == 0 else {}
 
     def _same(
         self,
