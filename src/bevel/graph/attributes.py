@@ -99,7 +99,6 @@ RESIZERS: dict[type[nn.Module], Resizer] = {
     nn.MultiheadAttention: attention,
 }
 
-
 NAMED: dict[str, Resizer] = {
     "ultralytics.nn.modules.block.C2f": halves,
     "ultralytics.nn.modules.block.C2fAttn": halves,
@@ -115,24 +114,21 @@ def register_resizer(kind: type[nn.Module], resizer: Resizer) -> None:
         resizer: called with a module whose parameters are already sliced; sets its attributes.
     """
     RESIZERS[kind] = resizer
-    _resizer.cache_clear()
 
 
 def resize(module: nn.Module) -> None:
     """Make a module's size attributes agree with its sliced parameters."""
-    resizer = _resizer(type(module))  # type: ignore[arg-type]  # mypy: of the instance's hash
+    kinds = type(module).__mro__
+    resizer = next((RESIZERS[kind] for kind in kinds if kind in RESIZERS), None) or _named(kinds)
     if resizer is not None:
         resizer(module)
 
 
 @cache
-def _resizer(kind: type[Any]) -> Resizer | None:
-    """That of the class, or of the nearest one that it is made from."""
-    for base in kind.__mro__:
-        found = RESIZERS.get(base) or NAMED.get(f"{base.__module__}.{base.__qualname__}")
-        if found is not None:
-            return found
-    return None
+def _named(kinds: tuple[type, ...]) -> Resizer | None:
+    """That of the first of these classes that `NAMED` has."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return next((NAMED[name] for name in names if name in NAMED), None)
 
 
 LONGEST = 64

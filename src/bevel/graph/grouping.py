@@ -86,8 +86,7 @@ class Grouping:
         self._inexact = self._marked(state.inexact)
         self._lengths: dict[tuple[Any, ...], Length] = {}
         self._of_extent: dict[Extent, Length] = {}
-        self._members: list[np.ndarray] = []
-        self._group_of, self._position, self.groups = self._collect(ids)
+        self._group_of, self._position, self._members, self.groups = self._collect(ids)
 
     # -- nodes ----------------------------------------------------------------------------
 
@@ -219,12 +218,15 @@ class Grouping:
 
     # -- groups ---------------------------------------------------------------------------
 
-    def _collect(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[ChannelGroup]]:
+    def _collect(
+        self, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[ChannelGroup]]:
+        """Group and position of each class, the classes of each group, and the groups."""
         count = int(self.class_of.max()) + 1
         group_of = np.full(count, -1, dtype=np.int64)
         position = np.full(count, -1, dtype=np.int64)
         if not self.entries:
-            return group_of, position, []
+            return group_of, position, [], []
         constraint_of = np.full(count, -1, dtype=np.int64)
         for index, classes in enumerate(self._blocks):
             constraint_of[classes] = index
@@ -238,8 +240,7 @@ class Grouping:
         group = _numbered(kinds)
         group_of[order] = group
         ends = np.cumsum(np.bincount(group))
-        self._members = np.split(order[np.argsort(group, kind="stable")], ends[:-1])
-        members = self._members
+        members = np.split(order[np.argsort(group, kind="stable")], ends[:-1])
         for units in members:
             position[units] = np.arange(len(units))
         touching, runs = self._axes_by_group(ids, group_of, position, len(members))
@@ -259,7 +260,7 @@ class Grouping:
                     runs=runs[number],
                 )
             )
-        return group_of, position, groups
+        return group_of, position, members, groups
 
     def _in_order(self, ids: np.ndarray, count: int) -> np.ndarray:
         """The classes that lie along an axis, in the order in which they are met."""

@@ -37,9 +37,8 @@ SMALL = 60
 SEARCHES = 24
 """Rehearsals to find the groups behind one kind of fault, before all in question are marked."""
 
-
 FEW = 3
-"""Attributes that are tried one by one."""
+"""Attributes up to which each is tried alone."""
 
 
 class PassChangedError(Exception):
@@ -365,8 +364,12 @@ class _Search:
             if left < ids.size and any(
                 _follows(change, ids.size, left) for change in fault.changes
             ):
-                found |= set(np.unique(self.grouping.members(extent)[0]).tolist())
-        return sorted(found & self.keep.keys())
+                found |= self._cut_along(extent)
+        return sorted(found)
+
+    def _cut_along(self, extent: Extent) -> set[int]:
+        """The groups that a length depends on, of those that are cut."""
+        return set(np.unique(self.grouping.members(extent)[0]).tolist()) & self.keep.keys()
 
     def _found(self, faults: Sequence[Fault]) -> list[tuple[int, str]]:
         """The groups that cause faults when they are cut alone, and where."""
@@ -393,8 +396,7 @@ class _Search:
         for site in self.grouping.state.sizes:
             name = site.attribute.partition("[")[0]
             if any(site.module == fault.modules[0] and name in fault.names for fault in faults):
-                groups = set(np.unique(self.grouping.members(site.extents[0])[0]).tolist())
-                found[name] |= groups & self.keep.keys()
+                found[name] |= self._cut_along(site.extents[0])
         alone = [groups for groups in found.values() if groups]
         together = [set().union(*alone)] if len(alone) > 1 else []
         return [*(alone if len(alone) <= FEW else []), *together]

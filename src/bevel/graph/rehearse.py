@@ -106,23 +106,25 @@ _FOLLOWING = frozenset(
         "boolean_dispatch", "interpolate", "grid_sample", "mean", "sum",
         "cat", "concat", "stack", "transpose", "permute", "unsqueeze", "flatten", "roll", "flip",
         "normalize", "group_norm", "norm", "var", "std", "amax", "amin", "cumsum", "clamp_min",
-        "clamp_max", "addcmul", "remainder", "sin", "cos",
+        "clamp_max", "addcmul", "remainder", "sin", "cos", "multi_head_attention_forward",
     }
 )  # fmt: skip
 """Functions whose result has the right shape if their arguments have it.
 
-None of them takes a length as a number, but for `_NORMALIZED` and what handlers `expect`.
+None of them takes a length as a number, but for `_NORMALIZED`, `_ATTENTION` and what handlers
+`expect`.
 """
 
 _ATTENTION = "multi_head_attention_forward"
-"""Which is told its width; its result has the right shape if that fits its weights."""
+"""The function that is told its width, which has to fit its weights."""
+
+_WIDTH = "embed_dim_to_check"
 
 _RESHAPING = frozenset({"view", "reshape"})
 """Functions whose arguments are a tensor and the sizes that it gets."""
 
 _NORMALIZED = frozenset({"layer_norm", "rms_norm"})
 """Functions whose second argument is the shape of the last dimensions of the first."""
-
 
 COMPUTED = "a number computed from a size"
 
@@ -163,31 +165,29 @@ class _Rehearsal(TorchFunctionMode):
         if func in READS_DATA:
             self.position += 1
             return expected.result
-        name = name_of(func)
+        name, given = name_of(func), (*args, *kwargs.values())
         known = None
-        if name in _FOLLOWING or (name == _ATTENTION and self._width_of_attention(expected)):
-            known = self._shortcut(expected, args, kwargs)
+        if name in _FOLLOWING:
+            known = self._shortcut(expected, given)
         elif name in _RESHAPING:
             known = self._reshaped(expected, args, kwargs)
-        elif self._as_recorded(expected, args, kwargs):
-            known = self._result(expected, (*args, *kwargs.values()))
+        elif self._as_recorded(expected, given):
             self.position += 1
-            return known  # None, if it was recorded so
+            return self._result(expected, given)  # None, if it was recorded so
         if known is not None:
             self.position += 1
             return known
         return self._compare(expected, func, args, kwargs)
 
-    def _shortcut(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _shortcut(self, frame: Frame, given: tuple[Any, ...]) -> Any:
         """The predicted result of a function that has no sizes among its arguments.
 
         None unless every tensor has its predicted shape and everything else is as recorded, or
         follows as it shall.
         """
-        given = (*args, *kwargs.values())
-        if not _on_meta(given):
+        follow = self._following(frame) if _on_meta(given) else None
+        if follow is None:
             return None
-        follow = self._following(frame)
         if not self._same(given, frame.arguments, follow):
             if name_of(frame.function) not in ARITHMETIC:
                 return None
@@ -196,9 +196,8 @@ class _Rehearsal(TorchFunctionMode):
             self.faults.append(self.fault(frame, COMPUTED, kind=Kind.NUMBER))
         return self._result(frame, given)
 
-    def _as_recorded(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _as_recorded(self, frame: Frame, given: tuple[Any, ...]) -> bool:
         """Whether any function gives what was recorded: nothing that it is given has changed."""
-        given = (*args, *kwargs.values())
         if not _on_meta(given) or self._watched(frame):
             return False
         if any(
@@ -238,8 +237,8 @@ class _Rehearsal(TorchFunctionMode):
         positions = range(frame.calls.start, frame.calls.stop)
         return any(position in self.prediction.state.expected for position in positions)
 
-    def _following(self, frame: Frame) -> dict[int, int]:
-        """Integers among the arguments that are lengths, and what they have to be."""
+    def _following(self, frame: Frame) -> dict[int, int] | None:
+        """Lengths among the arguments, and what they have to be; None where they cannot fit."""
         follow: dict[int, int] = {}
         expected = self.prediction.state.expected
         for position in range(frame.calls.start, frame.calls.stop):
@@ -247,23 +246,24 @@ class _Rehearsal(TorchFunctionMode):
                 follow[number] = self.prediction.length((extent,)) * (-1 if number < 0 else 1)
         name = name_of(frame.function)
         if name == _ATTENTION:
-            follow |= self._width_of_attention(frame)
+            width = self._width_of_attention(frame)
+            return None if width is None else follow | {frame.argument(3, _WIDTH): width}
         if name in _NORMALIZED:
             value, shape = frame.arguments[:2]
             tail = self.prediction.shape(value)[-len(shape) :]
             follow.update(zip(shape, tail, strict=True))
         return follow
 
-    def _width_of_attention(self, frame: Frame) -> dict[int, int]:
-        """The width that torch's attention is told, if its weights fit what it gets."""
-        query, _, _, width, heads, packed, *_ = frame.arguments
+    def _width_of_attention(self, frame: Frame) -> int | None:
+        """What torch's attention has to be told, None if its weights do not fit what it gets."""
+        query, packed = frame.argument(0, "query"), frame.argument(5, "in_proj_weight")
         last = frame.argument(11, "out_proj_weight")
         if not isinstance(packed, Value) or not isinstance(last, Value):
-            return {}
+            return None
         left = self.prediction.shape(query)[-1]
-        inside = self.prediction.shape(packed)
-        fits = inside == (3 * left, left) and self.prediction.shape(last)[1] == left
-        return {width: left} if fits and left % heads == 0 else {}
+        fits = self.prediction.shape(packed) == (3 * left, left)
+        fits = fits and self.prediction.shape(last)[1] == left
+        return left if fits and left % frame.argument(4, "num_heads") == 0 else None
 
     def _same(
         self,
