@@ -32,7 +32,7 @@ def test_a_run_reaches_its_latency_as_measured(tmp_path, monkeypatch):
         "name": "timed",
         "model": {"name": f"{file}:net"},
         "data": {"name": "digits", "size": 24},
-        "steps": [{"prune": {"budget": {"latency_ms": "60 %"}, "align": 32, "reconstruct": False}}],
+        "steps": [{"prune": {"budget": {"latency_ms": "60 %"}, "align": 64, "reconstruct": False}}],
         "calibration": {"images": 32},
         "targets": [{"runtime": "onnxruntime"}],
     }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from exported import OneImage, TwoViews, assert_same, file_outputs, net_outputs
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torchvision.models import mobilenet_v2
 
 import bevel
@@ -42,6 +43,23 @@ def test_parity_of_pruned_networks(network, tmp_path):
     x = fresh(2, 3, 8, 8)
     assert_same(file_outputs(small, x), net_outputs(pruned, x))
     assert small.size_bytes < whole.size_bytes
+
+
+def test_torchs_table_of_operators_is_built_once(tmp_path, monkeypatch):
+    built = []
+
+    def build(opset_version: int) -> ONNXRegistry:
+        built.append(opset_version)
+        return whole(opset_version)
+
+    whole = ONNXRegistry.from_torchlib
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", staticmethod(build))
+    net = randomise(Plain())
+    for name in ("one.onnx", "two.onnx"):
+        bevel.export(net, EXAMPLE, path=tmp_path / name)
+    assert len(built) == 1
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+    assert ONNXRegistry.from_torchlib is build  # other exports of the process get their own
 
 
 def test_parity_of_resnet20_with_padded_shortcuts_pruned(tmp_path):
