@@ -37,6 +37,20 @@ def test_processes_share_the_processors(tmp_path: Path) -> None:
     assert dict(pool(threads, tasks(tmp_path, 1))) == {0: str(pool.threads)}
 
 
+def setting(_: Task) -> str:
+    return os.environ.get("BEVEL_TEST_SETTING", "none")
+
+
+def test_processes_have_the_environment_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("one", "two"):
+        monkeypatch.setenv("BEVEL_TEST_SETTING", value)
+        assert dict(Processes(1)(setting, tasks(tmp_path, 1))) == {0: value}
+    monkeypatch.delenv("BEVEL_TEST_SETTING")
+    assert dict(Processes(1)(setting, tasks(tmp_path, 1))) == {0: "none"}
+
+
 def test_one_job_stays_in_this_process(tmp_path: Path) -> None:
     assert workers(1, None) is in_turn
     assert dict(in_turn(fake_trials.attempt, tasks(tmp_path, 2))) == {0: None, 1: None}
