@@ -330,7 +330,7 @@ def test_damaged_file_is_one_line(files, tmp_path, capfd):
 
 
 def test_runner_takes_files_in_turn(monkeypatch):
-    """Every round runs each file once, after any of the others; warm-up is not counted."""
+    """Every round has a turn of each file, after any of the others; what warms is not counted."""
     order = []
 
     def opened(job):
@@ -343,13 +343,15 @@ def test_runner_takes_files_in_turn(monkeypatch):
     monkeypatch.setattr(runner, "_sessions", opened)
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
     result = runner._latency({"subjects": ["a", "b", "c"], "threads": 2})
-    warm, least = runner.WARMUP_RUNS, runner.LEAST_RUNS
+    warm, least, timed = runner.WARMUP_RUNS, runner.LEAST_RUNS, runner.TURN_RUNS
     assert order[: 3 * warm] == ["a"] * warm + ["b"] * warm + ["c"] * warm
-    timed = order[3 * warm :]
-    rounds = [timed[start : start + 3] for start in range(0, len(timed), 3)]
-    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * least
-    followed = Counter(pairwise(timed))
-    assert all(followed[pair] > least / 5 for pair in permutations("abc", 2))
+    after = order[3 * warm :]
+    turns = after[:: timed + 1]
+    assert after == [name for name in turns for _ in range(timed + 1)]
+    rounds = [turns[start : start + 3] for start in range(0, len(turns), 3)]
+    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * (least // timed)
+    followed = Counter(pairwise(turns))
+    assert all(followed[pair] for pair in permutations("abc", 2))
     assert [len(times) for times in result["samples_ms"]] == [least] * 3
 
 
