@@ -15,6 +15,7 @@ from bevel.core.records import Artifact, Operator
 from bevel.devices import open_device
 from bevel.measurement.bench import Subject, time_in_turn
 from bevel.measurement.doctor import profiled
+from bevel.measurement.runner import TURN_RUNS
 from bevel.runtimes import export, load_runtime
 
 PROFILED = "local"
@@ -73,6 +74,7 @@ class Stopwatch:
             "system": facts.system,
             "runtime": str(facts.runtime_version),
             "bevel": version("bevel"),
+            "runs of a turn": str(TURN_RUNS),
             "quantization": (self.quantization or Quantization()).model_dump_json(),
         }
 
