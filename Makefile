@@ -38,14 +38,13 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# An editable install, so that a pulled change runs without installing again. Python compiles what it
-# imports by itself: the 27,000 files that are installed would take two minutes.
+# An editable install, so that a pulled change runs without installing again.
 $(VENV)/.installed: $(INPUTS) | $(VENV)/.created
 	@echo "Installing bevel into $(VENV): a few minutes, once."
-	$(PIP) install --no-compile -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-all: $(INPUTS) | $(VENV)/.created
 	@echo "Installing bevel with every extra into $(VENV): a few minutes, once."
-	$(PIP) install --no-compile -c constraints.txt -e '.[all]'
+	$(PIP) install -c constraints.txt -e '.[all]'
 	@touch $@ $(VENV)/.installed
