@@ -50,6 +50,13 @@ def throttling() -> str | None:
     return capped if allowed < highest else "none"
 
 
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def busy_cores() -> float | None:
     """Processors that are busy while this process sleeps for half a second, from /proc/stat.
 

@@ -5,7 +5,6 @@ Nothing is decoded before it is asked for, so the test split stays untouched unt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bevel.core.errors import DataError
+from bevel.core.hardware import usable_cores
 from bevel.core.progress import track
 from bevel.data.images import DECODING_FAULTS, Frame, Pixels8, Share, random_resized_crop
 from bevel.data.splits import Indices, Source, describe, fetch, unreadable
@@ -134,7 +134,7 @@ class ImageSet:
     @property
     def _threads(self) -> int:
         # Only sources that say so are read from several threads: a user's may share a file handle.
-        return min(8, 2 * cores()) if getattr(self.source, "thread_safe", False) else 1
+        return min(8, 2 * usable_cores()) if getattr(self.source, "thread_safe", False) else 1
 
     def stream(self, batches: Sequence[Indices], read: Reader | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, C, H, W) for each array of positions.
@@ -158,7 +158,7 @@ class ImageSet:
         loader: DataLoader[Any] = DataLoader(
             _Jobs(read, len(self)),
             batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=min(self.workers, cores()),
+            num_workers=min(self.workers, usable_cores()),
             collate_fn=_collate,
             generator=torch.Generator(),  # or it would draw from the global one
             # A class from a user's file exists in this process only, so workers must be its copies.
@@ -206,10 +206,3 @@ def in_threads(work: Callable[[int], Any], items: Sequence[int], threads: int) -
         yield from pool.map(work, items)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

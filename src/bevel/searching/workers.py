@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bevel.core.errors import MissingDependencyError, SearchError, one_line
+from bevel.core.hardware import usable_cores
+
+if TYPE_CHECKING:  # Windows has no such class
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 Task = TypeVar("Task")
 Function = Callable[[Task], str | None]
@@ -55,7 +58,7 @@ class Processes:
     @property
     def threads(self) -> int:
         """Threads of one process."""
-        return max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return max(1, usable_cores() // self.jobs)
 
     def __call__(
         self, function: Function[Task], tasks: Sequence[Task]
@@ -79,7 +82,7 @@ class Processes:
                 process.join()
 
     def _start(self, function: Function[Task], task: Task) -> tuple[Connection, BaseProcess]:
-        context = _context()
+        context = _context(function.__module__)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=_serve, args=(sender, function, task, self.threads, dict(os.environ))
@@ -89,8 +92,8 @@ class Processes:
         return receiver, process
 
 
-def _context() -> ForkServerContext | SpawnContext:
-    """Processes start as copies of one that has imported everything and run nothing.
+def _context(module: str) -> ForkServerContext | SpawnContext:
+    """Processes start as copies of one that has imported a task's module and run nothing.
 
     Importing takes seconds. This process itself is not copied: torch's threads do not survive it,
     nor do macOS's own libraries anywhere.
@@ -98,7 +101,7 @@ def _context() -> ForkServerContext | SpawnContext:
     if not sys.platform.startswith("linux"):
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["bevel.searching.trial"])
+    context.set_forkserver_preload([module])
     return context
 
 
