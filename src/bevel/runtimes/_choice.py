@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
+from typing import Any
 
 import numpy as np
 
+from bevel.quantization.pt2e import inputs_of
 from bevel.runtimes import Session
 
 FASTER = 1.05
@@ -18,10 +21,15 @@ AGREEMENT_STEP = 0.005
 """Agreements that differ by no more than this share of the images count as equal."""
 
 IMAGES = 256
-WARMUP_RUNS = 5
-TIMED_RUNS = 30
+"""Compared at most: an image more or less is then no more than a step of agreement."""
 
-Batch = Sequence[np.ndarray]
+WARMUP_TURNS = 1
+TIMED_TURNS = 6
+TURN_RUNS = 5
+"""Timed runs of a file's turn, after one that fills the caches with what is the file's own."""
+
+Inputs = Sequence[np.ndarray]
+"""One image, as the arrays of the network's inputs."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,16 @@ class _Trial:
     latency_ms: float
 
 
+def single_images(calibration: Iterable[Any], count: int) -> Iterable[tuple[np.ndarray, ...]]:
+    """Calibration batches, one image at a time, as the arrays of the network's `count` inputs."""
+    for batch in calibration:
+        inputs = [tensor.numpy() for tensor in inputs_of(batch, count)]
+        for index in range(len(inputs[0])):
+            yield tuple(array[index : index + 1] for array in inputs)
+
+
 def choose(
-    sessions: Mapping[str, Session], reference: Session, batches: Sequence[Batch]
+    sessions: Mapping[str, Session], reference: Session, calibration: Iterable[Any], count: int
 ) -> tuple[str, str]:
     """The name of the best file, and why: agreement with float first, then time, then error.
 
@@ -43,13 +59,10 @@ def choose(
     Args:
         sessions: the files by name.
         reference: the float file.
-        batches: inputs of the network; at least one.
+        calibration: batches with at least one image; no more of them are read than are compared.
+        count: inputs of the network.
     """
-    images = [
-        [array[index : index + 1] for array in batch]
-        for batch in batches
-        for index in range(len(batch[0]))
-    ][:IMAGES]
+    images = list(islice(single_images(calibration, count), IMAGES))
     expected = [reference.run(image)[0] for image in images]
     times = _times(sessions, images[0])
     trials = []
@@ -84,13 +97,19 @@ def _agreement(got: np.ndarray, expected: np.ndarray) -> float:
     return float((got.argmax(axis=1) == expected.argmax(axis=1)).mean())
 
 
-def _times(sessions: Mapping[str, Session], image: Batch) -> dict[str, float]:
+def _times(sessions: Mapping[str, Session], image: Inputs) -> dict[str, float]:
     """Median milliseconds for one image, all files in turn."""
     samples: dict[str, list[float]] = {name: [] for name in sessions}
-    for run in range(WARMUP_RUNS + TIMED_RUNS):
+    for turn in range(WARMUP_TURNS + TIMED_TURNS):
         for name, session in sessions.items():
-            begun = time.perf_counter_ns()
             session.run(image)
-            if run >= WARMUP_RUNS:
-                samples[name].append((time.perf_counter_ns() - begun) / 1e6)
+            times = [_time(session, image) for _ in range(TURN_RUNS)]
+            if turn >= WARMUP_TURNS:
+                samples[name] += times
     return {name: median(values) for name, values in samples.items()}
+
+
+def _time(session: Session, image: Inputs) -> float:
+    begun = time.perf_counter_ns()
+    session.run(image)
+    return (time.perf_counter_ns() - begun) / 1e6

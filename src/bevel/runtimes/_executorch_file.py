@@ -22,7 +22,8 @@ from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.graph.program import export_program
 from bevel.quantization.pt2e import quantize
-from bevel.runtimes._xnnpack import REWRITES, XnnpackQuantizer, choose, name_quantizer
+from bevel.runtimes._choice import choose
+from bevel.runtimes._xnnpack import REWRITES, XnnpackQuantizer, name_quantizer
 from bevel.runtimes.executorch import open_session
 
 aten = torch.ops.aten
@@ -65,7 +66,9 @@ def write(
             place = Path(folder) / f"{name}.pte"
             place.write_bytes(content)
             sessions[name] = open_session(place, 1)
-        chosen, why = choose(sessions.pop("float"), sessions, program, calibration)
+        reference = sessions.pop("float")
+        count = len(program.graph_signature.user_inputs)
+        chosen, why = choose(sessions, reference, calibration, count)
     path.write_bytes(files[chosen])
     return f"{names[chosen]}; {why}"
 

@@ -23,14 +23,9 @@ from bevel.core.progress import track
 from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.quantization.pt2e import quantize
+from bevel.runtimes._choice import choose, single_images
 from bevel.runtimes._litert_layout import code_of, fold_pads
-from bevel.runtimes._xnnpack import (
-    REWRITES,
-    XnnpackQuantizer,
-    choose,
-    name_quantizer,
-    single_images,
-)
+from bevel.runtimes._xnnpack import REWRITES, XnnpackQuantizer, name_quantizer
 from bevel.runtimes.litert import open_session
 
 aten = torch.ops.aten
@@ -80,7 +75,9 @@ def write(
             place = Path(folder) / f"{name}.tflite"
             place.write_bytes(content)
             sessions[name] = open_session(place, 1)
-        chosen, why = choose(sessions.pop("float"), sessions, program, calibration)
+        reference = sessions.pop("float")
+        count = len(program.graph_signature.user_inputs)
+        chosen, why = choose(sessions, reference, calibration, count)
     path.write_bytes(files[chosen])
     return f"{name_quantizer(TORCH, options) if chosen == TORCH else _name_native()}; {why}"
 

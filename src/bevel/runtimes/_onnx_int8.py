@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from bevel.core.recipe import Quantization
 from bevel.graph.program import export_program, fixed_batch
-from bevel.quantization.pt2e import inputs_of, quantize
-from bevel.runtimes._choice import IMAGES, choose
+from bevel.quantization.pt2e import quantize
+from bevel.runtimes._choice import choose
 from bevel.runtimes._onnx_file import convert, save
 from bevel.runtimes._onnx_forms import pad_in_integers, saturate_hard_sigmoids, shield_float_layers
 from bevel.runtimes._onnx_native import quantize_natively
@@ -59,8 +58,8 @@ def write_int8(
         save(float_model, folder / "float.onnx")
         sessions = {name: OnnxSession(folder / f"{name}.onnx", 1) for name in ("torch", "native")}
         reference = OnnxSession(folder / "float.onnx", 1)
-        batches = _arrays(calibration, len(program.graph_signature.user_inputs))
-        chosen, why = choose(sessions, reference, batches)
+        count = len(program.graph_signature.user_inputs)
+        chosen, why = choose(sessions, reference, calibration, count)
         shutil.copyfile(folder / f"{chosen}.onnx", path)
     return f"{torch_name if chosen == 'torch' else native_name}; {why}"
 
@@ -79,13 +78,3 @@ def _write_torch(
     pad_in_integers(model)
     shield_float_layers(model)
     save(model, path)
-
-
-def _arrays(calibration: Iterable[Any], count: int) -> list[list[np.ndarray]]:
-    """Calibration batches as the network's inputs, no more of them than are compared."""
-    batches: list[list[np.ndarray]] = []
-    for batch in calibration:
-        batches.append([tensor.numpy() for tensor in inputs_of(batch, count)])
-        if sum(len(arrays[0]) for arrays in batches) >= IMAGES:
-            break
-    return batches

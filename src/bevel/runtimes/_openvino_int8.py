@@ -152,7 +152,7 @@ def quantized_model(
     }
     sessions = {name: OpenVinoSession(model, 1) for name, model in models.items()}
     reference = OpenVinoSession(from_onnx(convert(program)), 1)
-    name, why = choose(sessions, reference, [[t.numpy() for t in piece] for piece in pieces])
+    name, why = choose(sessions, reference, calibration, count)
     return models[name], f"{torch_name if name == 'torch' else NATIVE}; {why}"
 
 

@@ -8,16 +8,11 @@ that can be; elsewhere it is in float: its tensors are tiny where networks use i
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from statistics import median
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
@@ -28,10 +23,8 @@ from torchao.quantization.pt2e.quantizer import (
 from bevel.core.recipe import Quantization
 from bevel.quantization.annotate import FusingQuantizer, IntegerTypes, split_gates
 from bevel.quantization.keeping import ANNOTATION
-from bevel.quantization.pt2e import inputs_of
 from bevel.quantization.ranges import s8s8
 from bevel.quantization.weights import clip_hard_sigmoids
-from bevel.runtimes import Session
 
 aten = torch.ops.aten
 
@@ -43,13 +36,6 @@ SPLIT = {aten.silu.default: aten.sigmoid.default, aten.silu_.default: aten.sigmo
 
 REWRITES = (clip_hard_sigmoids,)
 """What is done to a network before its integers are chosen."""
-
-FASTER = 1.05
-"""A file that is this many times faster is taken when both agree equally with float."""
-
-COMPARED_IMAGES = 64
-WARMUP_RUNS = 5
-TIMED_RUNS = 30
 
 
 def a8w8(observer: str) -> IntegerTypes:
@@ -118,79 +104,6 @@ def _sigmoid_output() -> FixedQParamsQuantizationSpec:
         quant_max=127,
         qscheme=torch.per_tensor_affine,
     )
-
-
-def single_images(calibration: Iterable[Any], count: int) -> Iterable[tuple[np.ndarray, ...]]:
-    """Calibration batches, one image at a time, as the arrays of the network's `count` inputs."""
-    for batch in calibration:
-        inputs = [tensor.numpy() for tensor in inputs_of(batch, count)]
-        for index in range(len(inputs[0])):
-            yield tuple(array[index : index + 1] for array in inputs)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """How a file did on calibration images."""
-
-    name: str
-    agreement: float
-    latency_ms: float
-
-
-def choose(
-    reference: Session,
-    sessions: Mapping[str, Session],
-    program: ExportedProgram,
-    calibration: Iterable[Any],
-) -> tuple[str, str]:
-    """The name of the better of two int8 files, and why it is better.
-
-    Better is the one whose highest output is the float file's on more calibration images; where
-    that is equal, the faster one, if it is clearly faster; else the first.
-    """
-    count = len(program.graph_signature.user_inputs)
-    images = list(islice(single_images(calibration, count), COMPARED_IMAGES))
-    expected = [reference.run(image)[0].argmax() for image in images]
-    times = _time_in_turn(list(sessions.values()), images[0])
-    trials = [
-        _Trial(
-            name,
-            sum(
-                session.run(image)[0].argmax() == right
-                for image, right in zip(images, expected, strict=True)
-            )
-            / len(images),
-            latency,
-        )
-        for (name, session), latency in zip(sessions.items(), times, strict=True)
-    ]
-    best = max(trials, key=lambda trial: trial.agreement)
-    other = next(trial for trial in trials if trial is not best)
-    if best.agreement > other.agreement:
-        return best.name, (
-            f"chosen for its agreement with float on calibration images, "
-            f"{100 * best.agreement:.1f} % against {100 * other.agreement:.1f} % ({other.name})"
-        )
-    fast, slow = sorted(trials, key=lambda trial: trial.latency_ms)
-    same = f"both agree with float on {100 * fast.agreement:.1f} % of the calibration images"
-    if slow.latency_ms > FASTER * fast.latency_ms:
-        return fast.name, (
-            f"chosen because {same} and it is faster, {fast.latency_ms:.3g} ms against "
-            f"{slow.latency_ms:.3g} ms ({slow.name})"
-        )
-    return best.name, f"{same} and are equally fast"
-
-
-def _time_in_turn(sessions: Sequence[Session], image: Sequence[np.ndarray]) -> list[float]:
-    """Median milliseconds of each, run in turn so that all meet the same moods of the machine."""
-    samples: list[list[float]] = [[] for _ in sessions]
-    for run in range(WARMUP_RUNS + TIMED_RUNS):
-        for session, times in zip(sessions, samples, strict=True):
-            start = time.perf_counter()
-            session.run(image)
-            if run >= WARMUP_RUNS:
-                times.append(1e3 * (time.perf_counter() - start))
-    return [median(times) for times in samples]
 
 
 def name_quantizer(quantizer: str, options: Quantization) -> str:
