@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 from bevel.core.overrides import override
-from bevel.core.recipe import Recipe
+from bevel.core.recipe import DataSection, Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -183,3 +183,30 @@ def test_a_binary_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         recipes.load(tmp_path / "recipe.yaml")
     with pytest.raises(RecipeError, match="cannot read"):
         recipes.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "smaller"),
+    [
+        (224, 256, (112, 128)),
+        (224, None, (112, None)),
+        (224, 224, (112, 112)),
+        (None, None, (112, None)),
+    ],
+)
+def test_another_size_shows_the_same_part_of_an_image(
+    size: int | None, resize: int | None, smaller: tuple[int, int | None]
+) -> None:
+    section = DataSection(name="digits", size=size, resize=resize).at(112)
+    assert (section.size, section.resize) == smaller
+
+
+@given(st.integers(1, 600), st.integers(0, 200), st.integers(1, 600))
+def test_another_size_is_never_larger_than_what_it_is_cut_from(
+    size: int, border: int, other: int
+) -> None:
+    section = DataSection(name="digits", size=size, resize=size + border).at(other)
+    assert section.size == other
+    assert section.resize is not None
+    assert abs(section.resize / other - (size + border) / size) <= 0.5 / other
+    assert section.resize >= other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torchvision.models import mobilenet_v2
 
 import bevel
+from bevel.measurement.parity import run_batch
+from bevel.runtimes.onnxruntime import open_session
 from networks import ALL, EXAMPLE, Concat, Grouped, Plain, Shared, randomise
 
 
@@ -62,6 +65,23 @@ def test_torchs_table_of_operators_is_built_once(tmp_path, monkeypatch):
     assert ONNXRegistry.from_torchlib is build  # other exports of the process get their own
 
 
+FLOAT_THEN_INT8 = """
+import sys, torch, bevel
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+image = torch.randn(1, 3, 16, 16)
+bevel.export(net, image, path=sys.argv[1] + "/float.onnx")
+bevel.export(net, image, precision="int8", calibration=[image], path=sys.argv[1] + "/int8.onnx")
+"""
+
+
+def test_int8_after_float_in_a_process_that_had_not_quantized(tmp_path):
+    command = [sys.executable, "-c", FLOAT_THEN_INT8, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    operators = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+
+
 def test_parity_of_resnet20_with_padded_shortcuts_pruned(tmp_path):
     torch.manual_seed(0)
     net = randomise(bevel.build_model("bevel:resnet20"))
@@ -88,9 +108,7 @@ def test_network_that_takes_one_image(precision, tmp_path):
     )
     assert artifact.inputs[0].shape == [1, 3, 8, 8]
     expected = np.concatenate([net_outputs(net, EXAMPLE[i : i + 1])[0] for i in range(2)])
-    measured = bevel.measurement.parity.run_batch(
-        bevel.runtimes.onnxruntime.open_session(tmp_path / "one.onnx", 1), EXAMPLE.numpy()
-    )
+    measured = run_batch(open_session(tmp_path / "one.onnx", 1), EXAMPLE.numpy())
     assert_same([measured], [expected], 1e-5 if precision == "float32" else 0.05)
 
 

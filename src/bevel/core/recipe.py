@@ -111,8 +111,11 @@ class DataSection(Section):
     workers: int = Field(default=0, ge=0, description="processes that decode large images")
 
     def at(self, size: int) -> DataSection:
-        """The same images in another size."""
-        return self.model_copy(update={"size": size, "resize": None})
+        """The same part of the same images in another size."""
+        resize = self.resize
+        if resize is not None and self.size is not None:
+            resize = round(resize * size / self.size)
+        return self.model_copy(update={"size": size, "resize": resize})
 
 
 class Calibration(Section):

@@ -277,7 +277,7 @@ class SurgeryStep(Section):
 
 
 class ResizeStep(Section):
-    """Show the network smaller images from here on; the original keeps its own size."""
+    """Show the network images of another size from here on; the original keeps its own."""
 
     size: int = Field(ge=1, description="square side in pixels")
 

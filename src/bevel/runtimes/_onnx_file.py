@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,27 @@ def _operators_kept() -> Iterator[None]:
     """Let torch build its table of ONNX operators once in a process, not once in each export.
 
     It parses the source of some 500 functions for it: 0.9 s, two thirds of the export of a small
-    network. The table is the same every time, because bevel adds no operators of its own to it.
+    network. Operators that torch does not know at that time are left out of it, so it is built
+    anew when a library has brought more: those of integers come with the first quantization.
     """
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     name = "from_torchlib"
     own = vars(ONNXRegistry)[name]
-    setattr(ONNXRegistry, name, staticmethod(partial(_built, getattr(ONNXRegistry, name))))
+    setattr(ONNXRegistry, name, staticmethod(partial(_kept, getattr(ONNXRegistry, name))))
     try:
         yield
     finally:
         setattr(ONNXRegistry, name, own)
 
 
-@cache
-def _built(build: Callable[..., Any], **given: Any) -> Any:
-    """What `build` makes of these arguments, kept."""
+def _kept(build: Callable[..., Any], **given: Any) -> Any:
+    """What `build` makes of these arguments, from last time if torch knows no more operators."""
+    return _built(build, len(torch._C._dispatch_get_all_op_names()), **given)
+
+
+@lru_cache(maxsize=1)
+def _built(build: Callable[..., Any], _operators: int, **given: Any) -> Any:
     return build(**given)
 
 
