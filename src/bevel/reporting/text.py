@@ -21,13 +21,34 @@ def markdown(record: RunRecord) -> str:
     ]
     if record.shipments:
         blocks += ["## Ship", markdown_table(doctor.SHIPMENTS, doctor.shipments(record))]
-    warnings = sections.warnings(record)
-    if warnings:
-        blocks += ["## Warnings", bullets(warnings)]
     blocks += [
+        *_listed("Warnings", sections.warnings(record)),
         "## Steps",
         markdown_table(("step", "validation", "MACs", "params", "time"), sections.steps(record)),
+        *_tables_of_steps(record),
+        *_listed("Proof", sections.proofs(record)),
+        *_listed("Latency budgets", sections.timings(record)),
+        *_listed("Surgery and fitted layers", sections.surgeries(record)),
+        *_listed("Channels that stay", sections.notes(record)),
+        *_listed("Layers that stay in float", sections.fallbacks(record)),
+        *_measured(record),
+        *_diagnosed(record),
+        "## Machine and versions",
+        markdown_table(("", ""), sections.facts(record)),
     ]
+    recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)
+    blocks += ["## Recipe", f"```yaml\n{recipe}```"]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _listed(title: str, lines: Sequence[str]) -> list[str]:
+    """A section of bullets, if there is something to say."""
+    return [f"## {title}", bullets(lines)] if lines else []
+
+
+def _tables_of_steps(record: RunRecord) -> list[str]:
+    """What happened within the steps: epochs, widths and rounds."""
+    blocks = []
     for title, history in sections.histories(record):
         columns = list(dict.fromkeys(key for epoch in history for key in epoch))
         blocks += [
@@ -35,11 +56,12 @@ def markdown(record: RunRecord) -> str:
             markdown_table(columns, [[_number(e.get(key)) for key in columns] for e in history]),
         ]
     for title, widths in sections.groups(record):
+        keys = ("name", "before", "after")
         blocks += [
             f"### Channels, {title}",
             markdown_table(
                 ("channel group", "before", "after"),
-                [[str(g.get(key, "")) for key in ("name", "before", "after")] for g in widths],
+                [[str(group.get(key, "")) for key in keys] for group in widths],
             ),
         ]
     for title, found in sections.rounds(record):
@@ -47,27 +69,7 @@ def markdown(record: RunRecord) -> str:
             f"### Rounds, {title}",
             markdown_table(sections.ROUND_COLUMNS, sections.round_rows(found)),
         ]
-    proofs = sections.proofs(record)
-    if proofs:
-        blocks += ["## Proof", bullets(proofs)]
-    timings = sections.timings(record)
-    if timings:
-        blocks += ["## Latency budgets", bullets(timings)]
-    surgeries = sections.surgeries(record)
-    if surgeries:
-        blocks += ["## Surgery and fitted layers", bullets(surgeries)]
-    notes = sections.notes(record)
-    if notes:
-        blocks += ["## Channels that stay", bullets(notes)]
-    fallbacks = sections.fallbacks(record)
-    if fallbacks:
-        blocks += ["## Layers that stay in float", bullets(fallbacks)]
-    blocks += _measured(record)
-    blocks += _diagnosed(record)
-    blocks += ["## Machine and versions", markdown_table(("", ""), sections.facts(record))]
-    recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)
-    blocks += ["## Recipe", f"```yaml\n{recipe}```"]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    return blocks
 
 
 def _measured(record: RunRecord) -> list[str]:
