@@ -16,8 +16,8 @@ demo: install
 	$(BIN)/bevel run recipes/digits.yaml
 
 # One thread in each of the test processes: more of them than processors wait for each other, and
-# what takes 7 s alone then took 491 s. Each begins with its own half of the modules (worksteal), so that what
-# a module's tests share is made once.
+# what takes 7 s alone then took 491 s. Each begins with its own half of the modules (worksteal), so
+# that what a module's tests share is made once, but where the other takes over at the end.
 test: $(VENV)/.installed-all $(VENV)/sshd lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $${TEST_WORKERS:-2} --dist worksteal
 

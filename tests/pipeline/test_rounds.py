@@ -6,9 +6,10 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import bevel
 from bevel.core import recipe as recipes
@@ -93,19 +94,28 @@ def recipe(**iterate: object) -> dict[str, object]:
     }
 
 
-def small() -> nn.Sequential:
-    """What trains for an epoch in a second: here it matters what is done, not how well."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
+class Small(nn.Module):
+    """One shortcut, and an epoch in a second: here it matters what is done, not how well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.block = nn.Sequential(
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 1, H, W)."""
+        features = self.stem(images)
+        logits: Tensor = self.head(torch.relu(features + self.block(features)))
+        return logits
 
 
 def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     raw = recipe(rounds=2, prune={"budget": {"macs": 0.5}, "align": 4}, schedule="cubic")
-    asked = recipes.validate(raw | {"model": {"name": f"{__file__}:small"}})
+    asked = recipes.validate(raw | {"model": {"name": f"{__file__}:Small"}})
     bevel.run(asked, out=tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     names = [step["name"] for step in record["steps"] if "export" not in step["name"]]
@@ -118,7 +128,7 @@ def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     assert numbers["macs"] == record["compressed"]["macs"] == numbers["rounds"][-1]["macs"]
     assert numbers["macs"] < numbers["rounds"][0]["macs"] < numbers["macs_before"]
     # The plan of all rounds is one on the original.
-    net = bevel.load_pruned(small, tmp_path / "run/compressed.safetensors")
+    net = bevel.load_pruned(Small, tmp_path / "run/compressed.safetensors")
     assert sum(p.numel() for p in net.parameters()) < numbers["params_before"]
 
     identities = [
