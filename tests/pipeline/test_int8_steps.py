@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bevel
+import residual
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 
@@ -15,7 +16,7 @@ PLAIN = {"precision": "float32", "compile": "never"}
 RECIPE = {
     "version": 1,
     "name": "int8",
-    "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
+    "model": {"name": residual.FACTORY},
     "data": {"name": "digits", "batch_size": 64},
     "steps": [
         {"train": {"epochs": 2, **PLAIN}},

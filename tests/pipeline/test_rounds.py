@@ -6,12 +6,11 @@ import json
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 import bevel
+import residual
 from bevel.core import recipe as recipes
 from bevel.core.errors import PruningError, RecipeError
 from bevel.core.steps import IterateStep
@@ -83,7 +82,7 @@ def recipe(**iterate: object) -> dict[str, object]:
     return {
         "version": 1,
         "name": "rounds",
-        "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
+        "model": {"name": residual.FACTORY},
         "data": {"name": "digits", "batch_size": 64},
         "steps": [
             {"train": {"epochs": 2, **PLAIN}},
@@ -94,28 +93,9 @@ def recipe(**iterate: object) -> dict[str, object]:
     }
 
 
-class Small(nn.Module):
-    """One shortcut, and an epoch in a second: here it matters what is done, not how well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
-        self.block = nn.Sequential(
-            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32),
-        )  # fmt: skip
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 10) of images (N, 1, H, W)."""
-        features = self.stem(images)
-        logits: Tensor = self.head(torch.relu(features + self.block(features)))
-        return logits
-
-
 def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     raw = recipe(rounds=2, prune={"budget": {"macs": 0.5}, "align": 4}, schedule="cubic")
-    asked = recipes.validate(raw | {"model": {"name": f"{__file__}:Small"}})
+    asked = recipes.validate(raw)
     bevel.run(asked, out=tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     names = [step["name"] for step in record["steps"] if "export" not in step["name"]]
@@ -128,7 +108,7 @@ def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     assert numbers["macs"] == record["compressed"]["macs"] == numbers["rounds"][-1]["macs"]
     assert numbers["macs"] < numbers["rounds"][0]["macs"] < numbers["macs_before"]
     # The plan of all rounds is one on the original.
-    net = bevel.load_pruned(Small, tmp_path / "run/compressed.safetensors")
+    net = bevel.load_pruned(residual.Residual, tmp_path / "run/compressed.safetensors")
     assert sum(p.numel() for p in net.parameters()) < numbers["params_before"]
 
     identities = [

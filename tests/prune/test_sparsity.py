@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bevel
+import residual
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 from bevel.pruning.apply import mask
@@ -55,7 +56,7 @@ def recipe(**sparsify: object) -> dict[str, object]:
     return {
         "version": 1,
         "name": "sparse",
-        "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
+        "model": {"name": residual.FACTORY},
         "data": {"name": "digits", "batch_size": 64},
         "steps": [
             {"train": {"epochs": 1, **PLAIN}},

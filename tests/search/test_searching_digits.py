@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import bevel
+import residual
 from bevel.cli import main
 from bevel.core import recipe as recipes
 from bevel.data import Data
@@ -16,7 +17,7 @@ TRAINING = {"epochs": 1, "precision": "float32", "compile": "never"}
 RECIPE = {
     "version": 1,
     "name": "small",
-    "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
+    "model": {"name": residual.FACTORY},
     "data": {"name": "digits", "batch_size": 64},
     "steps": [
         {"train": TRAINING},
