@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import bevel
-import residual
 from bevel.core import recipe as recipes
 from bevel.core.errors import RecipeError
 
@@ -16,7 +15,7 @@ PLAIN = {"precision": "float32", "compile": "never"}
 RECIPE = {
     "version": 1,
     "name": "int8",
-    "model": {"name": residual.FACTORY},
+    "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
     "data": {"name": "digits", "batch_size": 64},
     "steps": [
         {"train": {"epochs": 2, **PLAIN}},
