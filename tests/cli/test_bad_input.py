@@ -226,6 +226,11 @@ def run_folder_of_another_recipe(place: Workplace) -> list[object]:
     return run(place)
 
 
+@case("holds no run: expected run.json")
+def takes_over_from_no_run(place: Workplace) -> list[object]:
+    return run(place, "--from", place.out.parent)
+
+
 @case("No such command 'runn'")
 def unknown_command(_: Workplace) -> list[object]:
     return ["runn"]

@@ -169,6 +169,15 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
         bevel.run(recipes.validate(other), out=finished)
 
 
+def test_another_recipe_takes_over_the_steps_that_are_the_same(finished, tmp_path):
+    other = RECIPE | {"targets": [{"runtime": "eager"}]}
+    done = bevel.run(recipes.validate(other), out=tmp_path / "run", leading=finished)
+    before = json.loads((finished / "run.json").read_text())["steps"][:3]
+    assert [step.model_dump(mode="json") for step in done.steps[:3]] == before  # with their seconds
+    assert done.steps[3].verb == "export"
+    assert sha256(tmp_path / "run/compressed.safetensors") == digests(finished)[FILES[0]]
+
+
 def test_a_folder_of_a_version_that_had_fewer_keys_goes_on(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)

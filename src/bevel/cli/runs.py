@@ -42,6 +42,15 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/NAME, by the recipe's name.")
     ] = None,
+    leading: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="A run of another recipe: its finished first steps that this recipe has too are "
+            "taken over.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Do everything a recipe says, and report original against compressed.
@@ -52,7 +61,7 @@ def run(
     from bevel.pipeline import running
 
     with console.working(quiet_stdout=json):
-        record = running.run(loaded, out=out)
+        record = running.run(loaded, out=out, leading=leading)
     _show(record, json=json)
     console.say(f"report: {(out or Path('runs') / loaded.name) / 'report.html'}")
 

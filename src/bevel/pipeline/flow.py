@@ -189,6 +189,7 @@ class Flow:
             folder=folder / "training",
             label=verb,
             penalty=sparsity,
+            kept=model.plan.inputs(),
         )
         numbers = {
             "history": trained.history,

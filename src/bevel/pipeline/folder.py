@@ -81,7 +81,8 @@ class RunFolder:
         if difference is not None:
             raise RunFolderError(
                 f"{self.path} holds a run of another recipe ({difference}); "
-                "choose another folder with --out, or delete it"
+                f"choose another folder with --out (--from {self.path} takes over the first steps "
+                "that are the same), or delete it"
             )
         return self._intact(record)
 

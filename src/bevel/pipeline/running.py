@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bevel.core import recipe as recipes
+from bevel.core.progress import note
 from bevel.core.recipe import Recipe
 from bevel.core.records import RunRecord
 from bevel.pipeline.explanation import Explanation
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder, now
 from bevel.pipeline.sharing import adopt
-from bevel.reporting import write
+from bevel.reporting import read, write
 
 
 def run(
-    recipe: Recipe | Path | str, *, out: Path | str | None = None, overrides: Sequence[str] = ()
+    recipe: Recipe | Path | str,
+    *,
+    out: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    leading: Path | str | None = None,
 ) -> RunRecord:
     """Carry out a recipe, or go on where a killed run of the same recipe stopped.
 
@@ -24,6 +29,8 @@ def run(
         recipe: a recipe, or the path of its YAML file.
         out: the run folder; default `runs/NAME`.
         overrides: `a.b=c` settings, for a recipe given by its path.
+        leading: the run folder of another recipe, of which those finished first steps are taken
+            over that this recipe has too.
 
     Returns:
         The record of the whole run, as in `run.json`. A finished run is not run again.
@@ -35,11 +42,25 @@ def run(
     path = Path(out) if out is not None else Path("runs") / recipe.name
     with RunFolder(path, recipe) as folder:
         if folder.record.finished is None:
+            if leading is not None:
+                _take_over(folder, Path(leading))
             Flow(recipe, folder).execute()
             finished = now()
             write(folder.record.model_copy(update={"finished": finished}), folder.path)
             folder.update(finished=finished)  # last: a finished run has its report
         return folder.record
+
+
+def _take_over(folder: RunFolder, other: Path) -> None:
+    """Adopt the steps of a run, and say which."""
+    read(other)  # that it holds none is a mistake here
+    before = len(folder.record.steps)
+    adopt(folder, [other])
+    taken = [step.name for step in folder.record.steps]
+    if len(taken) > before:
+        note(f"taken over from {other}: {', '.join(taken)}")
+    else:
+        note(f"{other} has no finished step of this recipe that is not here already")
 
 
 def compress(
