@@ -24,6 +24,9 @@ from bevel.reporting.text import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
+PLACES = ("data.root=", "model.checkpoint=")
+"""Settings that say where things are on this machine, and nothing of the run."""
+
 
 def summary(record: RunRecord) -> dict[str, Any]:
     """The numbers of a run that are worth keeping, without raw samples and paths."""
@@ -71,13 +74,15 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--from", type=Path, dest="leading", help="a run to take first steps from")
     given = parser.parse_args()
     recipe = recipes.load(given.recipe, given.overrides)
-    record = bevel.run(recipe, out=given.out)
+    record = bevel.run(recipe, out=given.out, leading=given.leading)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{recipe.name}.json"
     path.write_text(json.dumps(summary(record), indent=1) + "\n", encoding="utf-8")
-    print(section(record, f"bevel run {given.recipe}"))
+    settings = [f" --set {each}" for each in given.overrides if not each.startswith(PLACES)]
+    print(section(record, f"bevel run {given.recipe}{''.join(settings)}"))
 
 
 if __name__ == "__main__":
