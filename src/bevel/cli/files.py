@@ -403,14 +403,7 @@ def finetune(
             raise RecipeError(f"{file} is not a file that bevel prune wrote (*.safetensors)")
         data = networks.fitting_data(source, network)
         teacher = _teacher(source, settings, shown=data.input_shape[1:])
-        trained = bevel.finetune(
-            network.net,
-            data,
-            settings,
-            seed=source.seed,
-            teacher=teacher,
-            kept=network.plan.inputs(),
-        )
+        trained = bevel.finetune(network.net, data, settings, seed=source.seed, teacher=teacher)
         bevel.save_pruned(
             trained.net,
             network.plan,

@@ -20,8 +20,8 @@ from bevel.core.section import Section
 class Distill(Section):
     """Learn from the original network as well as from the labels.
 
-    From its outputs (Hinton et al. 2015), with `features` from its feature maps as well (Romero
-    et al., FitNets, 2015), with `embedding` from what its last layer is given (Wang et al. 2021).
+    From its outputs (Hinton et al. 2015), and with `features` from its feature maps as well (Romero
+    et al., FitNets, 2015).
     """
 
     weight: float = Field(default=0.5, ge=0, le=1, description="share of the loss")
@@ -31,12 +31,6 @@ class Distill(Section):
         ge=0,
         description="weight of the relative squared distance between feature maps, those at the "
         "ends of the stages, added to the loss; above 0, steps run uncompiled",
-    )
-    embedding: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of the relative squared distance between what the last layer is given "
-        "here and in the original, added to the loss; above 0, steps run uncompiled",
     )
     views: int | None = Field(
         default=None,

@@ -12,19 +12,17 @@ import logging
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bevel.core.errors import RunFolderError, one_line
 from bevel.core.progress import note, track
 from bevel.core.steps import TrainStep
-from bevel.finetuning.embedding import Embedding, find_embedding
 from bevel.finetuning.features import feature_sites
 from bevel.finetuning.step import MEMORY_FORMATS, Execution, Stepper
 
@@ -143,7 +141,6 @@ def choose(
     steps: int,
     device: torch.device,
     may_compile: bool = True,
-    kept: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Stepper, Choice]:
     """Measure the candidates and return a fresh stepper of the best.
 
@@ -156,23 +153,19 @@ def choose(
         steps: how many the training has, to weigh the cost of compiling.
         device: where steps run.
         may_compile: False where the process group forbids it.
-        kept: which of the teacher's inputs a layer still has, as in `finetune`.
 
     Raises:
-        TrainingError: feature maps or embeddings are to be compared, and cannot be.
+        TrainingError: feature maps are to be compared, and none can be.
     """
     if settings.precision == "auto":
         ways = [Execution(dtype, memory) for dtype in DTYPES for memory in MEMORY_FORMATS]  # type: ignore[arg-type]
     else:
         ways = [PINNED[settings.precision]]
-    hints = _hints(net, teacher, settings, batch, kept)
-    base = _Candidate(Stepper(net, teacher, ways[0], settings, device, *hints), batch)
+    sites = _sites(net, teacher, settings, batch)
+    base = _Candidate(Stepper(net, teacher, ways[0], settings, device, sites), batch)
     choice = Choice(ways[0], "", str(device), torch.get_num_threads())
-    sites, embedding = hints
     if sites:
         choice.notes.append(f"not compiled: distill.features reads {', '.join(sites)} by hooks")
-    if embedding is not None:
-        choice.notes.append(f"not compiled: distill.embedding reads {embedding.module} by a hook")
     if settings.precision != "auto" and settings.compile == "never":
         choice.reason = "pinned by the recipe"
         return base.stepper, choice
@@ -185,7 +178,7 @@ def choose(
             return base.stepper, choice
     candidates = [base]
     for way in track(ways[1:], "measuring ways to step", len(ways) - 1):
-        candidate = _Candidate(Stepper(net, teacher, way, settings, device, *hints), batch)
+        candidate = _Candidate(Stepper(net, teacher, way, settings, device, sites), batch)
         problem = _first(candidate, base, min(c.best for c in candidates))
         if problem is None:
             candidates.append(candidate)
@@ -195,7 +188,7 @@ def choose(
     choice.step_ms = {str(c.stepper.execution): round(c.best * 1e3, 2) for c in candidates}
     choice.execution = best.stepper.execution
     choice.reason = "fastest of the measured" if best is not base else "nothing was clearly faster"
-    if settings.compile == "auto" and may_compile and not sites and embedding is None:
+    if settings.compile == "auto" and may_compile and not sites:
         _consider_compiling(best, choice, steps)
     best.stepper.reset(net)
     note(f"steps run as {choice.execution} ({choice.reason})")
@@ -210,7 +203,6 @@ def resume(
     *,
     choice: Choice,
     device: torch.device,
-    kept: Mapping[str, np.ndarray] | None = None,
 ) -> Stepper:
     """A fresh stepper of a choice made earlier; eager, with a note, where it no longer compiles."""
     if choice.threads != torch.get_num_threads() or choice.device != str(device):
@@ -220,8 +212,8 @@ def resume(
         )
     wanted = choice.execution
     eager = Execution(wanted.dtype, wanted.memory_format)
-    hints = _hints(net, teacher, settings, batch, kept)
-    stepper = Stepper(net, teacher, eager, settings, device, *hints)
+    sites = _sites(net, teacher, settings, batch)
+    stepper = Stepper(net, teacher, eager, settings, device, sites)
     if wanted.compiled:
         problem = _compile(_Candidate(stepper, batch))
         if problem is not None:
@@ -230,20 +222,13 @@ def resume(
     return stepper
 
 
-def _hints(
-    net: nn.Module,
-    teacher: nn.Module | None,
-    settings: TrainStep,
-    batch: Batch,
-    kept: Mapping[str, np.ndarray] | None,
-) -> tuple[tuple[str, ...], Embedding | None]:
-    """Where feature maps and embeddings are compared; nowhere unless `settings.distill` asks."""
-    distill, image = settings.distill, batch[0][:1]
-    if teacher is None or distill is None:
-        return (), None
-    sites = feature_sites(net, teacher, image) if distill.features else ()
-    embedding = find_embedding(net, teacher, image, kept) if distill.embedding else None
-    return sites, embedding
+def _sites(
+    net: nn.Module, teacher: nn.Module | None, settings: TrainStep, batch: Batch
+) -> tuple[str, ...]:
+    """Where feature maps are compared; nowhere unless `settings.distill` asks for it."""
+    if teacher is None or settings.distill is None or settings.distill.features == 0:
+        return ()
+    return feature_sites(net, teacher, batch[0][:1])
 
 
 def _first(candidate: _Candidate, base: _Candidate, best: float) -> str | None:

@@ -81,7 +81,7 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
             f"distill.features: {missing[0]} gave no feature map while training, though it does "
             "in evaluation mode; set features: 0, to learn from the teacher's outputs only"
         )
-    distances = [relative_distance(student[name], taught) for name, taught in teacher.items()]
+    distances = [_distance(student[name], taught) for name, taught in teacher.items()]
     return torch.stack(distances).mean()
 
 
@@ -100,7 +100,7 @@ def feature_maps(net: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Ten
         yield maps
 
 
-def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference relative to the teacher's mean square; as it is where that is 0."""
     power = teacher.square().mean()
     return F.mse_loss(student, teacher) / torch.where(power > 0, power, 1.0)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from bevel.core.errors import ModelError
 from bevel.core.steps import TrainStep
 from bevel.finetuning.distill import combined_loss
-from bevel.finetuning.embedding import Embedding, embeddings
-from bevel.finetuning.features import feature_loss, feature_maps, relative_distance
+from bevel.finetuning.features import feature_loss, feature_maps
 from bevel.finetuning.optimizer import optimizer
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -32,27 +31,13 @@ class Execution:
         return f"{self.dtype} {self.memory_format} {'compiled' if self.compiled else 'eager'}"
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a teacher says of a batch.
-
-    Attributes:
-        logits: (N, classes).
-        embedding: (N, d), those of its features that the network has; None where not asked for.
-    """
-
-    logits: Tensor
-    embedding: Tensor | None = None
-
-
 class Stepper:
     """Own copies of a network and its teacher, with an optimizer, ready to step.
 
     `forward`, `optimizer` and `backward` may be replaced by Accelerate's. Partial batches run
     uncompiled, because every new shape would cost another compilation. `sites` names the modules
-    whose feature maps are compared with the teacher's, `embedding` where embeddings are: a stepper
-    with either is not to be compiled, because a compiled network may leave out the hooks that read
-    them.
+    whose feature maps are compared with the teacher's: such a stepper is not to be compiled,
+    because a compiled network may leave out the hooks that read them.
     """
 
     def __init__(
@@ -63,13 +48,11 @@ class Stepper:
         settings: TrainStep,
         device: torch.device,
         sites: tuple[str, ...] = (),
-        embedding: Embedding | None = None,
     ) -> None:
         self.execution = execution
         self.settings = settings
         self.device = device
         self.sites = sites
-        self.embedding = embedding
         self._format = MEMORY_FORMATS[execution.memory_format]
         self.net = self._place(net).train()
         self.teacher = None if teacher is None or settings.distill is None else self._place(teacher)
@@ -99,13 +82,13 @@ class Stepper:
         self._shape = self._compiled = self._compiled_teacher = None
         self.execution = Execution(self.execution.dtype, self.execution.memory_format, False)
 
-    def loss(self, images: Tensor, labels: Tensor, answers: Answers | None = None) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
         """The training loss of a batch, a float32 scalar.
 
         Args:
             images: shape (N, C, H, W).
             labels: shape (N,).
-            answers: the teacher's, if they are known; else it is asked.
+            answers: the teacher's logits (N, classes), if they are known; else it is asked.
         """
         images = self._sent(images)
         labels = labels.to(self.device, non_blocking=True)
@@ -116,50 +99,38 @@ class Stepper:
             taught: dict[str, Tensor] = {}
             if answers is None:
                 answers, taught = self._ask(images)
-            with (
-                feature_maps(self.net, self.sites) as maps,
-                embeddings(self.net, self.embedding) as embedded,
-            ):
+            with feature_maps(self.net, self.sites) as maps:
                 logits = _logits(forward(images), "the network")
         distill = self.settings.distill
-        taught_logits = answers.logits if answers is not None else None
-        if taught_logits is not None and taught_logits.shape != logits.shape:
+        if answers is not None and answers.shape != logits.shape:
             raise ModelError(
-                f"the teacher gives outputs of shape {tuple(taught_logits.shape)} and the network "
+                f"the teacher gives outputs of shape {tuple(answers.shape)} and the network "
                 f"{tuple(logits.shape)}; distillation needs the same classes in both"
             )
         loss = combined_loss(
             logits,
             labels,
-            taught_logits,
+            answers,
             weight=distill.weight if distill else 0.0,
             temperature=distill.temperature if distill else 1.0,
             label_smoothing=self.settings.label_smoothing,
         )
         if distill is not None and self.sites:
             loss = loss + distill.features * feature_loss(maps, taught)
-        if distill is not None and answers is not None and answers.embedding is not None:
-            loss = loss + distill.embedding * relative_distance(embedded[0], answers.embedding)
         return loss
 
-    def _ask(self, images: Tensor) -> tuple[Answers | None, dict[str, Tensor]]:
-        """The teacher's answers and its feature maps; None and none without one."""
+    def _ask(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The teacher's logits (N, classes) and its feature maps; None and none without one."""
         if self.teacher is None:
             return None, {}
         ask: Callable[[Tensor], Any] = self.teacher
         if self._compiled_teacher is not None and images.shape == self._shape:
             ask = self._compiled_teacher
-        with (
-            torch.no_grad(),
-            feature_maps(self.teacher, self.sites) as maps,
-            embeddings(self.teacher, self.embedding) as embedded,
-        ):
-            logits = _logits(ask(images), "the teacher")
-        features = self.embedding.of_teacher(embedded[0]) if self.embedding is not None else None
-        return Answers(logits, features), maps
+        with torch.no_grad(), feature_maps(self.teacher, self.sites) as maps:
+            return _logits(ask(images), "the teacher"), maps
 
-    def ask(self, images: Tensor) -> Answers | None:
-        """The teacher's answers, None without a teacher."""
+    def ask(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits (N, classes), None without a teacher."""
         images = self._sent(images)
         with self._precision():
             return self._ask(images)[0]
@@ -178,7 +149,7 @@ class Stepper:
         images: Tensor,
         labels: Tensor,
         penalty: Callable[[nn.Module], None] | None = None,
-        answers: Answers | None = None,
+        answers: Tensor | None = None,
     ) -> Tensor:
         """Change the weights by one batch; returns the detached loss.
 

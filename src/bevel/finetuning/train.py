@@ -6,14 +6,13 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
@@ -26,7 +25,7 @@ from bevel.core.steps import TrainStep
 from bevel.data.metrics import evaluate
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
-from bevel.finetuning.step import Answers, Stepper
+from bevel.finetuning.step import Stepper
 from bevel.finetuning.unfreezing import Unfreezing
 from bevel.models.batchnorm import folded, unfold
 from bevel.models.fading import fade, fades, settle
@@ -95,7 +94,6 @@ def finetune(
     label: str = "finetune",
     freeze: Callable[[nn.Module], None] | None = None,
     penalty: Penalty | None = None,
-    kept: Mapping[str, np.ndarray] | None = None,
 ) -> Trained:
     """Train a copy of the network; the network itself stays as it is.
 
@@ -133,7 +131,7 @@ def finetune(
         )
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
         start = _unfolded(net, data, seed)
-        loop = _Loop(start, data, settings, seed, teacher, folder, label, kept)
+        loop = _Loop(start, data, settings, seed, teacher, folder, label)
         loop.freeze, loop.penalty = freeze, penalty
         return loop.run()
 
@@ -161,10 +159,8 @@ class _Loop:
         teacher: nn.Module | None,
         folder: Path | None,
         label: str,
-        kept: Mapping[str, np.ndarray] | None,
     ) -> None:
         self.data, self.settings, self.seed, self.label = data, settings, seed, label
-        self.kept = kept
         self.freeze: Callable[[nn.Module], None] | None = None
         self.penalty: Penalty | None = None
         self.accelerator = Accelerator()
@@ -184,7 +180,7 @@ class _Loop:
         self.unfreezing = self._unfreezing()
         self.average = averaged(self.stepper.net, decay) if decay is not None else None
         self.history: list[dict[str, Any]] = []
-        self.answers: dict[tuple[int, int], Answers | None] = {}
+        self.answers: dict[tuple[int, int], Tensor | None] = {}
 
     def run(self) -> Trained:
         """Train the epochs that are missing."""
@@ -303,8 +299,8 @@ class _Loop:
         distill = self.settings.distill
         return epoch if distill is None or distill.views is None else epoch % distill.views
 
-    def _answers(self, epoch: int, number: int, images: Tensor) -> Answers | None:
-        """The teacher's answers for a batch that comes again, None where it is to be asked anew.
+    def _answers(self, epoch: int, number: int, images: Tensor) -> Tensor | None:
+        """The teacher's logits for a batch that comes again, None where it is to be asked anew.
 
         A resumed training asks again for the same batches, and so gets the same answers.
         """
@@ -357,7 +353,6 @@ class _Loop:
                 steps=self.steps * self.settings.epochs,
                 device=device,
                 may_compile=self.accelerator.num_processes == 1,
-                kept=self.kept,
             )
             if self.store is not None:
                 self.store.save_execution(choice.record())
@@ -367,7 +362,7 @@ class _Loop:
         broadcast_object_list(record)
         choice = execution.Choice.from_record(record[0] or {})
         return execution.resume(
-            net, teacher, self.settings, batch, choice=choice, device=device, kept=self.kept
+            net, teacher, self.settings, batch, choice=choice, device=device
         ), choice
 
     def _prepare(self) -> None:

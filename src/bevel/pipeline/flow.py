@@ -189,7 +189,6 @@ class Flow:
             folder=folder / "training",
             label=verb,
             penalty=sparsity,
-            kept=model.plan.inputs(),
         )
         numbers = {
             "history": trained.history,

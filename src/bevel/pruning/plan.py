@@ -91,15 +91,8 @@ class PruningPlan(Record):
 
     def outputs(self) -> dict[str, np.ndarray]:
         """By the name of a layer that lost output channels, the indices of those that are left."""
-        return self._left(0)
-
-    def inputs(self) -> dict[str, np.ndarray]:
-        """By the name of a layer that lost input channels, the indices of those that are left."""
-        return self._left(1)
-
-    def _left(self, axis: int) -> dict[str, np.ndarray]:
         runs = {
-            name.removesuffix(".weight"): cut.keep.get(axis)
+            name.removesuffix(".weight"): cut.keep.get(0)
             for name, cut in self.tensors.items()
             if name.endswith(".weight")
         }
