@@ -234,6 +234,19 @@ def test_a_limit_out_of_reach_says_what_the_table_does():
         within(net, Fake(net), {"latency_ms": 0})
 
 
+@pytest.mark.parametrize(("share", "limit"), [(1.0, "2 %"), (0.8, "70 %"), (1.1, "70 %")])
+@pytest.mark.parametrize("align", [8, 16])
+def test_widths_that_the_target_is_slow_with_are_named(share, limit, align):
+    net, target = randomise(Plain()), Target(precision="int8")
+    spoilt = Fake(net, whole=lambda ms: max(ms, share * spoilt.compare(net)[0]))
+    with pytest.raises(PruningError) as caught:
+        plan_within(
+            net, EXAMPLE, budget={"latency_ms": limit}, target=target, stopwatch=spoilt, align=align
+        )
+    said = "in int8 is slow with widths that are no multiples of 16, so with align: 8 narrower"
+    assert (said in str(caught.value)) == (align == 8)
+
+
 def test_a_limit_that_holds_already_cuts_nothing():
     net = randomise(Plain())
     plan, _ = within(net, Fake(net), {"latency_ms": "100 %"})

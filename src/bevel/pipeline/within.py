@@ -22,6 +22,7 @@ from bevel.pruning.allocate import rank_all
 from bevel.pruning.apply import prune
 from bevel.pruning.plan import PruningPlan
 from bevel.pruning.planning import plan_pruning
+from bevel.runtimes import channel_step
 
 LATENCY = "latency_ms"
 
@@ -118,11 +119,12 @@ def plan_within(
             limits = {**budget, LATENCY: aim}
             try:
                 plan = _plan(net, example, limits, target, table, request)
-            except PruningError:
+            except PruningError as error:
                 if tried:
                     break  # there is nothing beyond what was tried
                 if aim >= asked:
-                    raise
+                    advice = _advice(target, request.get("align", 8))
+                    raise PruningError(f"{error}{advice}", error.reachable) from error
                 aim = asked  # without the margin, so that the error is of what was asked
                 continue
             known = next((r for p, r in tried if p.groups == plan.groups), None)
@@ -137,7 +139,7 @@ def plan_within(
     timing = timing.model_copy(update={"rounds": [found for _, found in tried]})
     holding = [number for number, (_, found) in enumerate(tried) if _holds(limit, found)]
     if not holding:
-        raise _refused(timing)
+        raise _refused(timing, _advice(target, request.get("align", 8)))
     chosen = max(holding, key=lambda number: tried[number][1].share)
     plan = tried[chosen][0]
     stated = {**plan.request, "budget": dict(budget)}
@@ -215,7 +217,18 @@ def _holds(limit: Limit, found: Round) -> bool:
     return found.share <= limit.value if limit.share else found.measured_ms <= limit.value
 
 
-def _refused(timing: Timing) -> PruningError:
+def _advice(target: Target, align: int) -> str:
+    """What to say where widths are allowed that the target's kernels are slow with."""
+    step = channel_step([(target.runtime, target.precision)])
+    if align % step == 0:
+        return ""
+    return (
+        f"; but {target.runtime} in {target.precision} is slow with widths that are no multiples "
+        f"of {step}, so with align: {align} narrower can be slower: align: {step} may reach more"
+    )
+
+
+def _refused(timing: Timing, advice: str) -> PruningError:
     """What was reached instead, as measured."""
     best = min(timing.rounds, key=lambda found: found.share)
     reach = {LATENCY: best.share}
@@ -225,10 +238,10 @@ def _refused(timing: Timing) -> PruningError:
             f"against {best.before_ms:.3g} ms; its layers are too small there for their widths to "
             "matter: take another target, runtime or align"
         )
-        return PruningError(f"asked for {LATENCY} <= {timing.asked}, but {said}", reach)
+        return PruningError(f"asked for {LATENCY} <= {timing.asked}, but {said}{advice}", reach)
     return PruningError(
         f"asked for {LATENCY} <= {timing.asked}, but only {100 * best.share:.3g}% "
         f"({best.measured_ms:.3g} of {best.before_ms:.3g} ms) was reached as measured on "
-        f"{timing.target}, in {len(timing.rounds)} round(s); ask for that",
+        f"{timing.target}, in {len(timing.rounds)} round(s); ask for that{advice}",
         reach,
     )
