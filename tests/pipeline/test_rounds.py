@@ -94,8 +94,9 @@ def recipe(**iterate: object) -> dict[str, object]:
 
 
 def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
-    raw = recipe(rounds=2, prune={"budget": {"macs": 0.5}, "align": 4}, schedule="cubic")
-    asked = recipes.validate(raw)
+    asked = recipes.validate(
+        recipe(rounds=2, prune={"budget": {"macs": 0.5}, "align": 4}, schedule="cubic")
+    )
     bevel.run(asked, out=tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     names = [step["name"] for step in record["steps"] if "export" not in step["name"]]

@@ -16,6 +16,8 @@ import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import RunFolderError, UnknownNameError
 from bevel.core.files import sha256
+from bevel.pipeline.folder import RunFolder
+from bevel.pipeline.sharing import adopt
 from bevel.runtimes import open_artifact
 from bevel.runtimes.onnxruntime import open_session
 
@@ -178,6 +180,15 @@ def test_another_recipe_takes_over_the_steps_that_are_the_same(finished, tmp_pat
     assert sha256(tmp_path / "run/compressed.safetensors") == digests(finished)[FILES[0]]
 
 
+def test_a_step_whose_file_is_gone_is_not_taken_over(finished, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    (old / "steps/02-prune/model.safetensors").unlink()
+    with RunFolder(tmp_path / "new", recipes.validate(RECIPE)) as folder:
+        adopt(folder, [old])
+        assert [step.name for step in folder.record.steps] == ["01-train"]
+
+
 def test_a_folder_of_a_version_that_had_fewer_keys_goes_on(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
@@ -195,7 +206,6 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    from bevel.pipeline.folder import RunFolder
 
     recipe = recipes.validate(RECIPE)
     with (

@@ -63,8 +63,10 @@ def adopt(folder: RunFolder, others: Sequence[Path]) -> None:
 
 
 def _copied(step: StepRecord, source: Path, target: Path) -> bool:
-    """Copy a step's files; whether they are those that were recorded."""
+    """Copy a step's files; whether they are there and those that were recorded."""
     for name, digest in step.files.items():
+        if not (source / name).is_file():
+            return False
         with atomic(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
         if sha256(target / name) != digest:

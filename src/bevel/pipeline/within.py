@@ -109,6 +109,7 @@ def plan_within(
     timing = Timing(target=str(target), asked=str(limit))
     tried: list[tuple[PruningPlan, Round]] = []
     search = _Search()
+    advice = _advice(target, request.get("align", 8))
     with stopwatch or Stopwatch(net, example, target, images, quantization) as watch:
         # Every round allocates: what an allocator measures is of use to the next.
         request["folder"] = request.get("folder") or watch.folder
@@ -123,7 +124,6 @@ def plan_within(
                 if tried:
                     break  # there is nothing beyond what was tried
                 if aim >= asked:
-                    advice = _advice(target, request.get("align", 8))
                     raise PruningError(f"{error}{advice}", error.reachable) from error
                 aim = asked  # without the margin, so that the error is of what was asked
                 continue
@@ -139,7 +139,7 @@ def plan_within(
     timing = timing.model_copy(update={"rounds": [found for _, found in tried]})
     holding = [number for number, (_, found) in enumerate(tried) if _holds(limit, found)]
     if not holding:
-        raise _refused(timing, _advice(target, request.get("align", 8)))
+        raise _refused(timing, advice)
     chosen = max(holding, key=lambda number: tried[number][1].share)
     plan = tried[chosen][0]
     stated = {**plan.request, "budget": dict(budget)}
