@@ -63,6 +63,7 @@ class Graph:
         index = next(i for i, node in enumerate(self.proto.node) if node is before)
         for offset, node in enumerate(nodes):
             self.proto.node.insert(index + offset, node)
+            self._makers.update(dict.fromkeys(node.output, node))
 
     def drop_unread(self) -> None:
         """Remove nodes and constants that nothing reads any more."""

@@ -18,6 +18,7 @@ from bevel.runtimes._choice import choose
 from bevel.runtimes._onnx_file import convert, save
 from bevel.runtimes._onnx_forms import pad_in_integers, saturate_hard_sigmoids, shield_float_layers
 from bevel.runtimes._onnx_native import quantize_natively
+from bevel.runtimes._onnx_widths import widen
 from bevel.runtimes.onnxruntime import OnnxSession, quantizer
 
 TORCH = "torchao PT2E: uint8 activations per tensor ({observer}), int8 weights per channel"
@@ -77,4 +78,5 @@ def _write_torch(
     saturate_hard_sigmoids(model)
     pad_in_integers(model)
     shield_float_layers(model)
+    widen(model)
     save(model, path)

@@ -18,6 +18,7 @@ from bevel.quantization.pt2e import inputs_of
 from bevel.quantization.ranges import PERCENTILE
 from bevel.runtimes._onnx_file import save
 from bevel.runtimes._onnx_forms import nodes_of, shield_float_layers
+from bevel.runtimes._onnx_widths import widen
 
 
 def quantize_natively(
@@ -90,6 +91,7 @@ def quantize_natively(
             ) from error
     quantized = onnx.load(str(path))
     shield_float_layers(quantized)
+    widen(quantized)
     save(quantized, path)
 
 
