@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import RunFolderError, UnknownNameError
 from bevel.core.files import sha256
+from bevel.core.progress import Reporter, reporting
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.sharing import adopt
 from bevel.runtimes import open_artifact
@@ -178,6 +180,15 @@ def test_another_recipe_takes_over_the_steps_that_are_the_same(finished, tmp_pat
     assert [step.model_dump(mode="json") for step in done.steps[:3]] == before  # with their seconds
     assert done.steps[3].verb == "export"
     assert sha256(tmp_path / "run/compressed.safetensors") == digests(finished)[FILES[0]]
+
+
+def test_a_finished_run_takes_nothing_over_and_says_so(finished):
+    told = Mock(spec=Reporter)
+    with reporting(told):
+        bevel.run(recipes.validate(RECIPE), out=finished, leading=finished)
+    told.note.assert_called_once_with(
+        f"{finished} is finished: nothing is taken over from {finished}"
+    )
 
 
 def test_a_step_whose_file_is_gone_is_not_taken_over(finished, tmp_path):

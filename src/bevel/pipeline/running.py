@@ -48,6 +48,8 @@ def run(
             finished = now()
             write(folder.record.model_copy(update={"finished": finished}), folder.path)
             folder.update(finished=finished)  # last: a finished run has its report
+        elif leading is not None:
+            note(f"{path} is finished: nothing is taken over from {leading}")
         return folder.record
 
 
@@ -60,7 +62,10 @@ def _take_over(folder: RunFolder, other: Path) -> None:
     if len(taken) > before:
         note(f"taken over from {other}: {', '.join(taken)}")
     else:
-        note(f"{other} has no finished step of this recipe that is not here already")
+        note(
+            f"nothing taken over from {other}: it has no finished first step of this recipe, with "
+            "its files as they were, that is not here already"
+        )
 
 
 def compress(
