@@ -24,7 +24,7 @@ from bevel.reporting.text import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
-PLACES = ("data.root=", "model.checkpoint=")
+PLACES = ("data.root=", "data.unlabelled=", "model.checkpoint=")
 """Settings that say where things are on this machine, and nothing of the run."""
 
 

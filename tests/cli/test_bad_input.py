@@ -97,6 +97,12 @@ def unknown_argument(place: Workplace) -> list[object]:
     return run(place, model={"arguments": {"classes_num": 2}})
 
 
+@case("name a folder of them, --set data.unlabelled=DIR")
+def no_images_to_ask_about(place: Workplace) -> list[object]:
+    step = {"epochs": 1, "distill": {"unlabelled": True}}
+    return run(place, steps=[{"prune": {"budget": {"macs": 0.5}}}, {"finetune": step}])
+
+
 @case("no checkpoint at weights.safetensors")
 def missing_checkpoint(place: Workplace) -> list[object]:
     return run(place, model={"checkpoint": "weights.safetensors"})

@@ -146,6 +146,10 @@ def test_any_path_is_applied_or_refused(keys: list[str], value: str) -> None:
         ({"steps": [{"prune": {"ratios": {}}}]}, "steps.0.prune.ratios: "),
         ({"steps": [{"prune": {"ratio": 0.5}, "train": {"epochs": 1}}]}, "exactly one of"),
         ({"steps": [{"prun": {"ratio": 0.5}}]}, "Did you mean 'prune'?"),
+        (
+            {"data": {"name": "digits", "unlabelled": "photographs"}},
+            "data.unlabelled is for steps with distill: {unlabelled: true}",
+        ),
         ({"targets": []}, "targets: "),
         ({"targets": [{"precision": "int4"}]}, "targets.0.precision: "),
         ({"targets": [{"threads": 0}]}, "targets.0.threads: "),

@@ -48,6 +48,49 @@ def test_the_weight_mixes_both_losses():
     assert mixed(0.25) == pytest.approx(float(0.75 * mixed(0.0) + 0.25 * mixed(1.0)))
 
 
+def test_an_image_without_a_label_counts_for_what_the_teacher_says():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, generator=generator)
+    some, none = torch.tensor([0, -1, 2, -1, 0]), torch.full((5,), -1)
+    known = some >= 0
+    label_loss = F.cross_entropy(student[known], some[known], label_smoothing=0.1)
+    soft = distillation_loss(student, teacher, 2.0)
+
+    def mixed(labels: torch.Tensor, weight: float) -> torch.Tensor:
+        return combined_loss(
+            student, labels, teacher, weight=weight, temperature=2.0, label_smoothing=0.1
+        )
+
+    assert mixed(some, 0.25) == pytest.approx(float(0.75 * label_loss + 0.25 * soft))
+    assert mixed(none, 0.25) == pytest.approx(float(0.25 * soft))
+    assert mixed(none, 0.0) == 0
+
+
+class Photographed(TinyData):
+    """Has images without labels too: every fourth of those that it is then trained with."""
+
+    def with_unlabelled(self) -> TinyData:
+        more = TinyData(96)
+        more.labels[::4] = -1
+        more.batches = self.batches
+        return more
+
+
+def test_training_learns_from_images_without_labels_if_it_is_to():
+    def trained(unlabelled: bool):
+        distill = {"weight": 1.0, "unlabelled": unlabelled}
+        settings = TrainStep(epochs=2, precision="float32", compile="never", distill=distill)
+        Counting.asked = 0
+        return finetune(tiny_net(), Photographed(), settings, teacher=Counting())
+
+    few = trained(False)
+    assert Counting.asked == 2 * 64 / 16
+    many = trained(True)
+    assert Counting.asked == 2 * 96 / 16
+    assert digest(few.net) != digest(many.net)
+    assert many.history[-1]["loss"] < many.history[0]["loss"]
+
+
 def test_a_teacher_is_shown_the_size_that_it_knows():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))

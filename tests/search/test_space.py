@@ -99,6 +99,14 @@ def test_targets_matter_to_budgets_that_are_of_a_target() -> None:
         assert common_steps(asked, vary(asked, target)) == shared
 
 
+def test_images_without_labels_matter_to_a_step_that_learns_from_them() -> None:
+    asking = {"steps.2": {"finetune": {"epochs": 1, "distill": {"unlabelled": True}}}}
+    one = vary(LONG, {**asking, "data.unlabelled": "some"})
+    assert common_steps(one, vary(one, {"data.unlabelled": "others"})) == 2
+    assert common_steps(one, LONG) == 2
+    assert common_steps(one, vary(one, {"name": "other"})) == 4
+
+
 def test_every_kind_of_step_is_shared() -> None:
     leading = [
         {"surgery": {"progressive": True}},

@@ -96,6 +96,11 @@ class DataSection(Section):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of a file.py:factory"
     )
+    unlabelled: Path | None = Field(
+        default=None,
+        description="folder of images of anything, without labels, for steps with "
+        "distill.unlabelled",
+    )
     size: int | None = Field(
         default=None, ge=1, description="square side in pixels that the network sees"
     )
@@ -260,6 +265,11 @@ class Recipe(Section):
         known = width == self.data.size or width not in self._resized()
         return self.data if known else self.data.at(int(width))
 
+    @property
+    def asks_unlabelled(self) -> bool:
+        """Whether a step learns from images without labels."""
+        return any(step.distill is not None and step.distill.unlabelled for step in self.steps)
+
     def _resized(self) -> list[int]:
         """The sizes of the resize steps, in order."""
         return [step.resize.size for step in self.steps if step.resize is not None]
@@ -269,6 +279,13 @@ class Recipe(Section):
         """Only a finetune step has an original to learn from."""
         if any(step.train is not None and step.train.distill is not None for step in self.steps):
             raise ValueError("train has no original to distill from; distill belongs to finetune")
+        return self
+
+    @model_validator(mode="after")
+    def images_to_be_asked_about(self) -> Recipe:
+        """Images without labels are for a step that learns from them."""
+        if self.data.unlabelled is not None and not self.asks_unlabelled:
+            raise ValueError("data.unlabelled is for steps with distill: {unlabelled: true}")
         return self
 
     @model_validator(mode="after")

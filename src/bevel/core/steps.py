@@ -40,6 +40,11 @@ class Distill(Section):
         "ones in every epoch",
     )
 
+    unlabelled: bool = Field(
+        default=False,
+        description="learn the original's answers to the images of data.unlabelled as well",
+    )
+
     @model_validator(mode="after")
     def answers_only(self) -> Distill:
         """Feature maps are too large to be kept."""
@@ -330,6 +335,12 @@ class Step(Section):
     def pruning(self) -> PruneStep | None:
         """What it removes, if it removes anything."""
         return self.iterate.prune if self.iterate is not None else self.prune
+
+    @property
+    def distill(self) -> Distill | None:
+        """How it learns from the original, if it does."""
+        training = self.iterate.finetune if self.iterate is not None else self.settings
+        return training.distill if isinstance(training, TrainStep) else None
 
     @property
     def settings(self) -> StepSettings:

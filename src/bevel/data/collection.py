@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from bevel.data.batches import FixedBatches, TrainBatches
 from bevel.data.images import DECODING_FAULTS, Frame, channels_of
 from bevel.data.pixels import MEMORY_LIMIT_BYTES, ImageSet
 from bevel.data.splits import (
+    UNLABELLED,
     Indices,
+    Joined,
     Source,
     Splits,
     describe,
@@ -26,6 +29,7 @@ from bevel.data.splits import (
     stratified_cut,
     unreadable,
 )
+from bevel.data.unlabelled import Photographs
 from bevel.data.userdata import from_function
 
 SPLITS = ("train", "validation", "test")
@@ -61,11 +65,16 @@ class Data:
     """
 
     def __init__(
-        self, parts: Mapping[str, _Part], images: Mapping[str, ImageSet], section: DataSection
+        self,
+        parts: Mapping[str, _Part],
+        images: Mapping[str, ImageSet],
+        section: DataSection,
+        unlabelled: Source | None = None,
     ) -> None:
         self._parts = parts
         self._images = images
         self._section = section
+        self._unlabelled = unlabelled
         self.classes = parts["train"].classes
         self.input_shape = images["train"].shape
         self.sizes = {split: len(images[split]) for split in SPLITS}
@@ -92,6 +101,24 @@ class Data:
             seed,
             epoch,
         )
+
+    def with_unlabelled(self) -> Data:
+        """The same data, with the images without labels among those of training, label -1.
+
+        Raises:
+            DataError: the section names no such images.
+        """
+        if self._unlabelled is None:
+            raise DataError("distill.unlabelled needs data.unlabelled: a folder of images")
+        images, part = self._images["train"], self._parts["train"]
+        joined = Joined(images.source, self._unlabelled)
+        added = np.arange(len(images.source), len(joined))
+        indices = np.concatenate([images.indices, added])
+        labels = torch.cat([part.labels, torch.full((len(added),), UNLABELLED)])
+        keep = images.keep and len(indices) * math.prod(images.shape) <= MEMORY_LIMIT_BYTES
+        more = replace(images, source=joined, indices=indices, keep=keep, _stored=None)
+        both = _Part(joined, "train", indices, part.classes, labels)
+        return Data({**self._parts, "train": both}, {**self._images, "train": more}, self._section)
 
     def batches(
         self, split: str, batch_size: int | None = None, limit: int | None = None
@@ -146,7 +173,10 @@ def load(section: DataSection, *, seed: int) -> Data:
         name: ImageSet(part.source, name, part.indices, frame, shape, keep, section.workers)
         for name, part in parts.items()
     }
-    return Data(parts, images, section)
+    unlabelled = section.unlabelled
+    return Data(
+        parts, images, section, None if unlabelled is None else Photographs(unlabelled.expanduser())
+    )
 
 
 def _parts(splits: Splits, section: DataSection, seed: int) -> dict[str, _Part]:

@@ -15,6 +15,9 @@ from bevel.core.errors import DataError, one_line
 from bevel.core.progress import track
 from bevel.core.userfile import FAULTS
 
+UNLABELLED = -1
+"""The label of an image that has none."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -53,6 +56,30 @@ class Arrays:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pixels[index], int(self.labels[index])
+
+
+class Joined:
+    """The images of one source, and after them those of another."""
+
+    def __init__(self, first: Source, second: Source) -> None:
+        self.first, self.second = first, second
+        self.thread_safe = all(getattr(s, "thread_safe", False) for s in (first, second))
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        source, own = self._at(index)
+        return source[own]
+
+    def describe(self, index: int) -> str:
+        """What its own source calls an image."""
+        source, own = self._at(index)
+        return describe(source, "train", own)
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        count = len(self.first)
+        return (self.first, index) if index < count else (self.second, index - count)
 
 
 def describe(source: Source, split: str, index: int) -> str:

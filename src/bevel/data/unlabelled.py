@@ -1,4 +1,4 @@
-"""Images of a folder without labels, as one tensor that fits a network's input."""
+"""Images of a folder without labels: as one tensor that fits a network's input, or as a source."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bevel.core.recipe import Normalize
 from bevel.data.batches import to_float
 from bevel.data.datasets.imagefolder import FORMATS
 from bevel.data.images import DECODING_FAULTS, convert
+from bevel.data.splits import UNLABELLED
 
 
 def folder_images(
@@ -34,16 +35,49 @@ def folder_images(
     Raises:
         DataError: the folder holds no images, one is damaged, or the shape is not an image's.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of images: check the path")
     if shape[0] not in (1, 3):
         raise DataError(f"the network takes {shape[0]} channels; images have 1 or 3")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
-    if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(FORMATS))})")
+    paths = _paths(folder)
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
     stacked = torch.stack([_image(paths[index], shape) for index in chosen])
     return to_float(stacked, normalize)
+
+
+class Photographs:
+    """A source of the images below a folder, in the order of their paths; none has a label.
+
+    Args:
+        folder: searched with all folders below it.
+
+    Raises:
+        DataError: it is no folder, or holds no images.
+    """
+
+    thread_safe = True
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = _paths(folder)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.paths[index]) as opened:
+            opened.load()
+            return convert(opened, 3), UNLABELLED
+
+    def describe(self, index: int) -> str:
+        """The image's path."""
+        return str(self.paths[index])
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of images: check the path")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(FORMATS))})")
+    return paths
 
 
 def _image(path: Path, shape: tuple[int, int, int]) -> Tensor:

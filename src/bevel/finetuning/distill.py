@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bevel.core.steps import TrainStep
+from bevel.data.splits import UNLABELLED
 
 Size = tuple[int, int]
 
@@ -78,13 +79,21 @@ def combined_loss(
 
     Args:
         logits: shape (N, classes), any floating type; the loss is computed in float32.
-        labels: shape (N,), class indices.
+        labels: shape (N,), class indices; -1 for an image that has none, of which only the
+            teacher's answer is learned.
         teacher: logits of the same shape, or None for the labels alone.
         weight: share of the distillation loss, 0..1.
         temperature: softens both distributions, > 0.
         label_smoothing: share of the label's probability that is spread over all classes.
     """
-    loss: Tensor = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        logits.float(),
+        labels,
+        label_smoothing=label_smoothing,
+        ignore_index=UNLABELLED,
+        reduction="sum",
+    )
+    loss: Tensor = total / (labels != UNLABELLED).sum().clamp(min=1)
     if teacher is None:
         return loss
     soft = distillation_loss(logits, teacher, temperature)

@@ -69,6 +69,9 @@ class TrainingData(Protocol):
     def batches(self, split: str) -> Batches:
         """A split in fixed order, unchanged; training reads "validation"."""
 
+    def with_unlabelled(self) -> TrainingData:
+        """With images without labels, for settings that ask for them; their label is -1."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -123,12 +126,15 @@ def finetune(
     Raises:
         TrainingError: the loss is no longer finite, or there is nothing to train.
         ModelError: the network's outputs do not fit the data or the teacher's.
+        DataError: images without labels are asked for and there are none.
         RunFolderError: the folder holds another training, or cannot be read or written.
     """
     if settings.distill is not None and teacher is None:
         raise TrainingError(
             f"{label}: distill is set but there is no teacher; give one, or remove distill"
         )
+    if settings.distill is not None and settings.distill.unlabelled:
+        data = data.with_unlabelled()
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
         start = _unfolded(net, data, seed)
         loop = _Loop(start, data, settings, seed, teacher, folder, label)

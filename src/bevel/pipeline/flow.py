@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bevel.core import plugins
-from bevel.core.errors import FORWARD_FAULTS, PruningError, one_line
+from bevel.core.errors import FORWARD_FAULTS, PruningError, RecipeError, one_line
 from bevel.core.recipe import Recipe
 from bevel.core.records import Artifact
 from bevel.core.steps import (
@@ -59,6 +59,11 @@ PROOF_IMAGES = 8
 GROWING, SLIMMING = 1.0, 1e-4
 """Strengths of the penalties of a sparsify step that names none."""
 
+NO_IMAGES = (
+    "a step with distill.unlabelled learns from images without labels: name a folder of them, "
+    "--set data.unlabelled=DIR"
+)
+
 Numbers = dict[str, Any]
 
 
@@ -68,6 +73,8 @@ class Flow:
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.folder = recipe, folder
         check_names(recipe)
+        if recipe.asks_unlabelled and recipe.data.unlabelled is None:
+            raise RecipeError(NO_IMAGES)
 
     def execute(self) -> None:
         """Everything the recipe says, in order."""

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from bevel.core.errors import RecipeError, RunFolderError
 from bevel.core.files import atomic, sha256
-from bevel.core.recipe import Recipe, validate
+from bevel.core.recipe import DataSection, Recipe, validate
 from bevel.core.records import StepRecord
 from bevel.core.steps import PruneStep, Step, pruning_at
 from bevel.pipeline.folder import RunFolder
 from bevel.reporting import read
 
-ALWAYS = ("model", "data", "seed")
+ALWAYS = ("model", "seed")
 """Sections of a recipe that every step depends on."""
 
 CALIBRATED = ("surgery", "sparsify", "prune", "iterate", "qat")
@@ -31,9 +31,16 @@ def common_steps(one: Recipe, other: Recipe) -> int:
             step != counterpart
             or removed != pruning_at(other.steps, position)
             or any(getattr(one, s) != getattr(other, s) for s in sections)
+            or _images(one, step) != _images(other, step)
         ):
             return position
     return min(len(one.steps), len(other.steps))
+
+
+def _images(recipe: Recipe, step: Step) -> DataSection:
+    """The images that a step sees: few steps see those without labels."""
+    asks = step.distill is not None and step.distill.unlabelled
+    return recipe.data if asks else recipe.data.model_copy(update={"unlabelled": None})
 
 
 def _sections(step: Step, removed: PruneStep | None) -> tuple[str, ...]:
