@@ -68,7 +68,7 @@ class Graph:
     def drop_unread(self) -> None:
         """Remove nodes and constants that nothing reads any more."""
         while True:
-            read = set(_read_by(self.proto.node)) | self._outputs
+            read = set(read_by(self.proto.node)) | self._outputs
             dead = [n for n in self.proto.node if not read.intersection(n.output)]
             if not dead:
                 break
@@ -78,13 +78,13 @@ class Graph:
             self.proto.initializer.remove(tensor)
 
 
-def _read_by(nodes: Iterable[NodeProto]) -> Iterator[str]:
+def read_by(nodes: Iterable[NodeProto]) -> Iterator[str]:
     """Names of the tensors that nodes read, the graphs inside them included."""
     for node in nodes:
         yield from node.input
         for found in node.attribute:
             if found.type == onnx.AttributeProto.GRAPH:
-                yield from _read_by(found.g.node)
+                yield from read_by(found.g.node)
 
 
 def attribute(node: NodeProto, name: str, default: int | float) -> int | float:

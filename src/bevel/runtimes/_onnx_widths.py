@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from bevel.runtimes._onnx_forms import Graph, attribute
+from bevel.runtimes._onnx_forms import Graph, attribute, read_by
 
 INPUTS, OUTPUTS = 4, 16
 """What input and output channels of a convolution have to be multiples of."""
@@ -109,7 +109,7 @@ class _Widths:
         elif node.op_type in TOGETHER and self._alike(set(node.input) - set(moving)):
             self._join([*moving, node.output[0]])
         else:
-            for name in [*moving, *node.output]:
+            for name in (*read_by([node]), *node.output):
                 self._group(name).fixed = True
 
     def _convolution(self, node: NodeProto) -> bool:
@@ -149,8 +149,9 @@ class _Widths:
         return self.groups.setdefault(tensor, _Group(tensors={tensor}))
 
     def _join(self, tensors: list[str]) -> None:
-        first, *others = map(self._group, tensors)
-        for other in others:
+        first = self._group(tensors[0])
+        for tensor in tensors[1:]:
+            other = self._group(tensor)
             if other is first:
                 continue
             first.made += other.made

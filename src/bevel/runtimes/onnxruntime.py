@@ -1,5 +1,7 @@
 """ONNX Runtime: float32, int8 in Quantize/Dequantize form, and weights alone in int8.
 
+int8 files get the channels that the fast kernels need: `_onnx_widths`.
+
 On x86 uint8 activations with int8 weights are the fast form; int8 activations are slower than
 float there. Arm is fast with both, so one file serves both.
 
