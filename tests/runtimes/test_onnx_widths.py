@@ -15,6 +15,7 @@ from torch import nn
 import bevel
 from bevel.core.recipe import Quantization
 from bevel.runtimes import _onnx_int8, _onnx_native, onnxruntime
+from bevel.runtimes._onnx_file import save
 from bevel.runtimes._onnx_widths import INPUTS, OUTPUTS, widen
 from networks import randomise
 
@@ -63,20 +64,24 @@ def images(channels, count, seed=0, size=SIZE):
 
 @pytest.fixture
 def both(tmp_path, monkeypatch):
-    """Exports a network twice, without and with added channels: the files, and their outputs."""
+    """Exports a network without added channels, and adds them: the files, and their outputs."""
 
     def export(net, quantizer="torch", channels=3, size=SIZE):
-        paths = tmp_path / "plain.onnx", tmp_path / "wide.onnx"
-        for path, change in zip(paths, (bool, widen), strict=True):
+        plain, wide = tmp_path / "plain.onnx", tmp_path / "wide.onnx"
+        with monkeypatch.context() as patch:
             for module in (_onnx_int8, _onnx_native):
-                monkeypatch.setattr(module, "widen", change)
+                patch.setattr(module, "widen", bool)
             bevel.export(
                 net.eval(), images(channels, 2, size=size), runtime="onnxruntime",
                 precision="int8", calibration=[images(channels, 16, 1, size)],
-                quantization=Quantization(quantizer=quantizer), path=path,
+                quantization=Quantization(quantizer=quantizer), path=plain,
             )  # fmt: skip
+        model = onnx.load(str(plain))
+        widen(model)
+        save(model, wide)
         shown = images(channels, 5, 2, size).numpy()
-        return paths, [onnxruntime.open_session(path, 1).run([shown])[0] for path in paths]
+        outputs = [onnxruntime.open_session(path, 1).run([shown])[0] for path in (plain, wide)]
+        return (plain, wide), outputs
 
     return export
 
@@ -119,13 +124,24 @@ def test_widths_that_are_needed_as_they_are_stay(both):
 
 
 def test_a_pruned_network_of_torchvision_stays_what_it_was(both):
-    net = randomise(torchvision.models.mobilenet_v2(num_classes=10))
-    plan = bevel.plan_pruning(
-        net, images(3, 1, size=32), criterion="l2", allocate="uniform", budget={"macs": 0.4}
-    )
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 40, 2, 2]]
+    net = torchvision.models.mobilenet_v2(num_classes=10, inverted_residual_setting=blocks)
+    randomise(net)
+    plan = bevel.plan_pruning(net, images(3, 1, size=32), criterion="l2", ratio=0.3, align=4)
     (plain, wide), (plain_gives, wide_gives) = both(bevel.prune(net, plan), size=32)
     assert np.array_equal(plain_gives, wide_gives)
     depthwise = [(shape[0], groups) for shape, groups in convolutions(wide) if groups > 1]
-    assert len(depthwise) == 17
+    assert len(depthwise) == 5
     assert all(rows == groups and groups % OUTPUTS == 0 for rows, groups in depthwise)
     assert any(groups % OUTPUTS for _, groups in convolutions(plain) if groups > 1)
+
+
+def test_an_exported_file_has_them(tmp_path):
+    path = tmp_path / "net.onnx"
+    for quantizer in ("torch", "native"):
+        bevel.export(
+            randomise(Mixed(24, 8, 2)), images(3, 2), runtime="onnxruntime", precision="int8",
+            calibration=[images(3, 16, 1)], quantization=Quantization(quantizer=quantizer),
+            path=path,
+        )  # fmt: skip
+        assert [shape[:2] for shape, _ in convolutions(path)][:2] == [(32, INPUTS), (32, 1)]
