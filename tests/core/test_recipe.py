@@ -212,5 +212,6 @@ def test_another_size_is_never_larger_than_what_it_is_cut_from(
     section = DataSection(name="digits", size=size, resize=size + border).at(other)
     assert section.size == other
     assert section.resize is not None
-    assert abs(section.resize / other - (size + border) / size) <= 0.5 / other + 1e-12
+    # |resize / other - (size + border) / size| <= 0.5 / other, in integers
+    assert 2 * abs(section.resize * size - (size + border) * other) <= size
     assert section.resize >= other

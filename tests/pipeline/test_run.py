@@ -217,7 +217,6 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-
     recipe = recipes.validate(RECIPE)
     with (
         RunFolder(tmp_path / "run", recipe),

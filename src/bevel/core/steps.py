@@ -39,7 +39,6 @@ class Distill(Section):
         "asked about each once: later epochs cost no more than training without it; default: new "
         "ones in every epoch",
     )
-
     unlabelled: bool = Field(
         default=False,
         description="learn the original's answers to the images of data.unlabelled as well",
