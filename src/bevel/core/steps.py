@@ -20,8 +20,8 @@ from bevel.core.section import Section
 class Distill(Section):
     """Learn from the original network as well as from the labels.
 
-    From its outputs (Hinton et al. 2015), and with `features` from its feature maps as well (Romero
-    et al., FitNets, 2015).
+    From its outputs (Hinton et al. 2015), with `features` from its feature maps as well (Romero et
+    al., FitNets, 2015), and with `embedding` from what its last layer reads (Chen et al. 2022).
     """
 
     weight: float = Field(default=0.5, ge=0, le=1, description="share of the loss")
@@ -31,6 +31,12 @@ class Distill(Section):
         ge=0,
         description="weight of the relative squared distance between feature maps, those at the "
         "ends of the stages, added to the loss; above 0, steps run uncompiled",
+    )
+    embedding: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the relative squared distance between what the last layers read, "
+        "through a linear map that is learned along, added to the loss",
     )
     views: int | None = Field(
         default=None,
@@ -98,6 +104,13 @@ class TrainStep(Section):
         description="after progressive surgery: share of the steps in which activation functions "
         "turn into ReLU",
     )
+
+    @model_validator(mode="after")
+    def one_head(self) -> TrainStep:
+        """Layers that join one stage at a time do not know the map between embeddings."""
+        if self.unfreeze and self.distill is not None and self.distill.embedding > 0:
+            raise ValueError("unfreeze and distill.embedding do not go together: leave one out")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bevel.core.errors import ModelError
 from bevel.core.steps import TrainStep
 from bevel.finetuning.distill import combined_loss
+from bevel.finetuning.embedding import embedding_loss, width
 from bevel.finetuning.features import feature_loss, feature_maps
 from bevel.finetuning.optimizer import optimizer
 
@@ -53,6 +54,7 @@ class Stepper:
         self.settings = settings
         self.device = device
         self.sites = sites
+        self._embedding = width(net)
         self._format = MEMORY_FORMATS[execution.memory_format]
         self.net = self._place(net).train()
         self.teacher = None if teacher is None or settings.distill is None else self._place(teacher)
@@ -88,7 +90,7 @@ class Stepper:
         Args:
             images: shape (N, C, H, W).
             labels: shape (N,).
-            answers: the teacher's logits (N, classes), if they are known; else it is asked.
+            answers: what the teacher gives, if it is known, as `ask`; else it is asked.
         """
         images = self._sent(images)
         labels = labels.to(self.device, non_blocking=True)
@@ -107,16 +109,19 @@ class Stepper:
                 f"the teacher gives outputs of shape {tuple(answers.shape)} and the network "
                 f"{tuple(logits.shape)}; distillation needs the same classes in both"
             )
+        cut = self._embedding
         loss = combined_loss(
-            logits,
+            logits[:, cut:],
             labels,
-            answers,
+            None if answers is None else answers[:, cut:],
             weight=distill.weight if distill else 0.0,
             temperature=distill.temperature if distill else 1.0,
             label_smoothing=self.settings.label_smoothing,
         )
         if distill is not None and self.sites:
             loss = loss + distill.features * feature_loss(maps, taught)
+        if distill is not None and answers is not None and cut:
+            loss = loss + distill.embedding * embedding_loss(logits[:, :cut], answers[:, :cut])
         return loss
 
     def _ask(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -130,7 +135,10 @@ class Stepper:
             return _logits(ask(images), "the teacher"), maps
 
     def ask(self, images: Tensor) -> Tensor | None:
-        """The teacher's logits (N, classes), None without a teacher."""
+        """The teacher's logits (N, classes), None without a teacher.
+
+        With embeddings they come first: (N, features + classes).
+        """
         images = self._sent(images)
         with self._precision():
             return self._ask(images)[0]

@@ -23,6 +23,7 @@ from bevel.core.errors import ModelError, TrainingError, one_line
 from bevel.core.progress import track
 from bevel.core.steps import TrainStep
 from bevel.data.metrics import evaluate
+from bevel.finetuning.embedding import with_embeddings, without_embeddings
 from bevel.finetuning.optimizer import averaged, learning_rate
 from bevel.finetuning.state import EpochStore, digest
 from bevel.finetuning.step import Stepper
@@ -179,6 +180,8 @@ class _Loop:
         batch = next(iter(first))
         self.batch_size = len(batch[0])
         self.store = self._store(folder, net, teacher)
+        if teacher is not None and settings.distill is not None and settings.distill.embedding > 0:
+            net, teacher = with_embeddings(net, teacher, first)
         self.stepper, self.choice = self._stepper(net, teacher, batch)
         self._prepare()
         decay = settings.ema
@@ -204,6 +207,7 @@ class _Loop:
         net = copy.deepcopy(self._result()).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.accelerator.free_memory()
         settle(net)
+        without_embeddings(net)
         return Trained(net.eval(), self.history, self.choice.record())
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -306,7 +310,7 @@ class _Loop:
         return epoch if distill is None or distill.views is None else epoch % distill.views
 
     def _answers(self, epoch: int, number: int, images: Tensor) -> Tensor | None:
-        """The teacher's logits for a batch that comes again, None where it is to be asked anew.
+        """What the teacher gives for a batch that comes again, None where it is to be asked anew.
 
         A resumed training asks again for the same batches, and so gets the same answers.
         """

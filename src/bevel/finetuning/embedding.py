@@ -1,0 +1,193 @@
+"""Distillation of embeddings: what the last layer reads comes near what the teacher's reads.
+
+A classifier of few classes says little about an image, and what its last layer reads says much.
+Pruning changes how many features that are, so a linear map is learned along with the network, and
+thrown away in the end: the regressor of Romero et al., "FitNets: Hints for Thin Deep Nets", 2015,
+at the place of Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022.
+
+In training, the network's last layer gives the mapped embedding before its own outputs, and the
+teacher's gives its embedding before its outputs: both (N, features + classes). So a training step,
+a compiler, an average of weights and the state on the disk see one network with one output, as
+ever.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bevel.core.errors import TrainingError
+from bevel.core.modes import evaluating
+from bevel.core.progress import track
+
+IMAGES = 2048
+"""How many the map is fitted on, at most, before training."""
+
+STIFFNESS = 0.01
+"""How strongly the first map is held small, relative to the features' mean variance."""
+
+
+class _Showing(nn.Linear):
+    """A teacher's last layer: (N, inputs) -> (N, inputs + outputs), what it read before its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, super().forward(x)], dim=1)
+
+
+class _Mapping(nn.Linear):
+    """A last layer that gives its input's image before its outputs, while it is trained.
+
+    Attributes:
+        regressor: the learned map, from what this layer reads to what the teacher's reads.
+    """
+
+    regressor: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        return torch.cat([self.regressor(x), outputs], dim=1) if self.training else outputs
+
+
+def with_embeddings(
+    net: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[nn.Module, nn.Module]:
+    """Copies that give, in training, their embeddings along with their outputs.
+
+    The map between them starts as the least squares fit on the first images.
+
+    Args:
+        net: gives (N, classes), the last layer being linear.
+        teacher: likewise; it always gives its embedding.
+        batches: images (N, C, H, W) and labels, as training sees them.
+
+    Raises:
+        TrainingError: one of them does not end in a linear layer.
+    """
+    first, _ = next(iter(batches))
+    names = last_layer(net, first[:1], "the network"), last_layer(teacher, first[:1], "the teacher")
+    shown = copy.deepcopy(teacher).eval()
+    _swap(shown, names[1], _Showing)
+    probe = copy.deepcopy(net).eval()
+    _swap(probe, names[0], _Showing)
+    regressor = _fitted(
+        probe, shown, _embedded(net, names[0]), _embedded(teacher, names[1]), batches
+    )
+    mapped = copy.deepcopy(net)
+    _swap(mapped, names[0], _Mapping).regressor = regressor
+    return mapped, shown
+
+
+def without_embeddings(net: nn.Module) -> None:
+    """Undo `with_embeddings`, in place; a network that has none stays as it is."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, _Mapping):
+            del module.regressor
+            _swap(net, name, nn.Linear)
+
+
+def width(net: nn.Module) -> int:
+    """How many of the first outputs of a network in training are its mapped embedding; 0: none."""
+    return sum(m.regressor.out_features for m in net.modules() if isinstance(m, _Mapping))
+
+
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|^2 / |teacher|^2 around the teacher's mean over the batch, float32 scalar.
+
+    Args:
+        student: mapped embeddings (N, features).
+        teacher: embeddings of the same shape.
+    """
+    wanted = teacher.float()
+    spread = (wanted - wanted.mean(0)).square().mean()
+    distance = F.mse_loss(student.float(), wanted)
+    return distance / torch.where(spread > 0, spread, 1.0)
+
+
+def last_layer(net: nn.Module, image: Tensor, who: str) -> str:
+    """The dotted name of the linear layer whose output is the network's.
+
+    Args:
+        net: unchanged.
+        image: one real image, (1, C, H, W).
+        who: what an error calls the network.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    probe = copy.deepcopy(net).float()
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    for name, module in probe.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(keep(name))
+    with evaluating(probe), torch.no_grad():
+        given = probe(image.to(next(probe.parameters(), image).device))
+    found = next((name for name, output in outputs.items() if output is given), None)
+    if found is None:
+        raise TrainingError(
+            f"distill.embedding: {who} does not end in a linear layer; set embedding: 0, to learn "
+            "from the teacher's outputs only"
+        )
+    return found
+
+
+def _embedded(net: nn.Module, name: str) -> int:
+    layer = net.get_submodule(name)
+    assert isinstance(layer, nn.Linear)  # noqa: S101  # `last_layer` found it
+    return layer.in_features
+
+
+def _swap(net: nn.Module, name: str, kind: type[nn.Linear]) -> Any:
+    """Make a linear layer one of another class with the same parameters; returns it."""
+    old = net.get_submodule(name)
+    assert isinstance(old, nn.Linear)  # noqa: S101  # `last_layer` found it
+    new = kind(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+    new.weight, new.bias = old.weight, old.bias
+    net.set_submodule(name, new.train(old.training))
+    return new
+
+
+@torch.no_grad()
+def _fitted(
+    net: nn.Module,
+    teacher: nn.Module,
+    inputs: int,
+    outputs: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> nn.Linear:
+    """The map from one embedding to the other: ridge regression on the first images."""
+    first, _ = next(iter(batches))
+    several = islice(batches, max(1, IMAGES // len(first)))
+    count, gram, cross = (
+        0,
+        torch.zeros(inputs, inputs).double(),
+        torch.zeros(inputs, outputs).double(),
+    )
+    mean_in, mean_out = torch.zeros(inputs).double(), torch.zeros(outputs).double()
+    with evaluating(net), evaluating(teacher):
+        for images, _ in track(several, "fitting the map between embeddings", None):
+            x, y = (
+                each(images).cpu().double()[:, :size]
+                for each, size in ((net, inputs), (teacher, outputs))
+            )
+            count += len(x)
+            gram, cross = gram + x.T @ x, cross + x.T @ y
+            mean_in, mean_out = mean_in + x.sum(0), mean_out + y.sum(0)
+    mean_in, mean_out = mean_in / count, mean_out / count
+    gram = gram / count - torch.outer(mean_in, mean_in)
+    cross = cross / count - torch.outer(mean_in, mean_out)
+    held = STIFFNESS * gram.diagonal().mean() + 1e-12
+    weight = torch.linalg.solve(gram + held * torch.eye(inputs), cross).T
+    regressor = nn.Linear(inputs, outputs)
+    regressor.weight.copy_(weight)
+    regressor.bias.copy_(mean_out - weight @ mean_in)
+    return regressor
