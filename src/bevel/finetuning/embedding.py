@@ -59,7 +59,8 @@ def with_embeddings(
 ) -> tuple[nn.Module, nn.Module]:
     """Copies that give, in training, their embeddings along with their outputs.
 
-    The map between them starts as the least squares fit on the first images.
+    The map between them starts as the least squares fit on the first images, the network in
+    training mode: pruning may have left batch norms whose statistics are not those of batches.
 
     Args:
         net: gives (N, classes), the last layer being linear.
@@ -73,11 +74,10 @@ def with_embeddings(
     names = last_layer(net, first[:1], "the network"), last_layer(teacher, first[:1], "the teacher")
     shown = copy.deepcopy(teacher).eval()
     _swap(shown, names[1], _Showing)
-    probe = copy.deepcopy(net).eval()
+    probe = copy.deepcopy(net).train()
     _swap(probe, names[0], _Showing)
-    regressor = _fitted(
-        probe, shown, _embedded(net, names[0]), _embedded(teacher, names[1]), batches
-    )
+    sizes = _features(net, names[0]), _features(teacher, names[1])
+    regressor = _fitted(probe, shown, sizes, batches)
     mapped = copy.deepcopy(net)
     _swap(mapped, names[0], _Mapping).regressor = regressor
     return mapped, shown
@@ -140,7 +140,7 @@ def last_layer(net: nn.Module, image: Tensor, who: str) -> str:
     return found
 
 
-def _embedded(net: nn.Module, name: str) -> int:
+def _features(net: nn.Module, name: str) -> int:
     layer = net.get_submodule(name)
     assert isinstance(layer, nn.Linear)  # noqa: S101  # `last_layer` found it
     return layer.in_features
@@ -160,34 +160,31 @@ def _swap(net: nn.Module, name: str, kind: type[nn.Linear]) -> Any:
 def _fitted(
     net: nn.Module,
     teacher: nn.Module,
-    inputs: int,
-    outputs: int,
+    sizes: tuple[int, int],
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> nn.Linear:
-    """The map from one embedding to the other: ridge regression on the first images."""
+    """The map from one embedding to the other: ridge regression on the first images.
+
+    Args:
+        net: gives its embedding first, in the mode that it is in.
+        teacher: likewise.
+        sizes: features of both embeddings.
+        batches: images and labels.
+    """
+    inputs, outputs = sizes
     first, _ = next(iter(batches))
-    several = islice(batches, max(1, IMAGES // len(first)))
-    count, gram, cross = (
-        0,
-        torch.zeros(inputs, inputs).double(),
-        torch.zeros(inputs, outputs).double(),
-    )
-    mean_in, mean_out = torch.zeros(inputs).double(), torch.zeros(outputs).double()
-    with evaluating(net), evaluating(teacher):
-        for images, _ in track(several, "fitting the map between embeddings", None):
-            x, y = (
-                each(images).cpu().double()[:, :size]
-                for each, size in ((net, inputs), (teacher, outputs))
-            )
-            count += len(x)
-            gram, cross = gram + x.T @ x, cross + x.T @ y
-            mean_in, mean_out = mean_in + x.sum(0), mean_out + y.sum(0)
-    mean_in, mean_out = mean_in / count, mean_out / count
-    gram = gram / count - torch.outer(mean_in, mean_in)
-    cross = cross / count - torch.outer(mean_in, mean_out)
-    held = STIFFNESS * gram.diagonal().mean() + 1e-12
-    weight = torch.linalg.solve(gram + held * torch.eye(inputs), cross).T
+    count = max(1, IMAGES // len(first))
+    read, wanted = [], []
+    for images, _ in track(islice(batches, count), "fitting the map between embeddings", count):
+        read.append(net(images)[:, :inputs])
+        wanted.append(teacher(images)[:, :outputs])
+    x, y = torch.cat(read).double(), torch.cat(wanted).double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    gram = x.T @ x
+    held = STIFFNESS * gram.diagonal().mean() + 1e-9
+    weight = torch.linalg.solve(gram + held * torch.eye(inputs), x.T @ y).T
     regressor = nn.Linear(inputs, outputs)
     regressor.weight.copy_(weight)
-    regressor.bias.copy_(mean_out - weight @ mean_in)
+    regressor.bias.copy_(mean_y - weight @ mean_x)
     return regressor
