@@ -58,7 +58,7 @@ def test_in_training_both_give_their_embedding_before_their_outputs():
 
 
 def test_the_map_starts_as_the_least_squares_fit():
-    net, teacher, batches = _pair(batches=50)
+    net, teacher, batches = _pair(batches=25)
     mapped, _ = with_embeddings(net, teacher, batches)
     images = torch.cat([images for images, _ in batches])
     with torch.no_grad():

@@ -26,7 +26,7 @@ from bevel.core.errors import TrainingError
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
 
-IMAGES = 2048
+IMAGES = 1024
 """How many the map is fitted on, at most, before training."""
 
 STIFFNESS = 0.01
@@ -172,10 +172,13 @@ def _fitted(
         batches: images and labels.
     """
     inputs, outputs = sizes
+    form = torch.channels_last  # twice as fast in float32 on processors
+    net, teacher = (each.to(memory_format=form) for each in (net, teacher))
     first, _ = next(iter(batches))
     count = max(1, IMAGES // len(first))
     read, wanted = [], []
     for images, _ in track(islice(batches, count), "fitting the map between embeddings", count):
+        images = images.contiguous(memory_format=form)
         read.append(net(images)[:, :inputs])
         wanted.append(teacher(images)[:, :outputs])
     x, y = torch.cat(read).double(), torch.cat(wanted).double()
