@@ -38,7 +38,7 @@ class _Net(nn.Module):
 
 def _pair(batches: int = 6) -> tuple[_Net, _Net, list[tuple[torch.Tensor, torch.Tensor]]]:
     torch.manual_seed(0)
-    images = torch.randn(batches, 40, 3, 4, 4)
+    images = (torch.randn(batches, 40, 4) @ torch.randn(4, 48)).unflatten(2, (3, 4, 4))
     return _Net(5), _Net(7), [(batch, torch.zeros(40, dtype=torch.long)) for batch in images]
 
 
@@ -68,7 +68,7 @@ def test_the_map_starts_as_the_least_squares_fit():
         least = (torch.cat([x, ones], 1) @ best - y).square().mean()
         found = (mapped.train()(images)[:, :7] - y).square().mean()
     assert found == pytest.approx(float(least), rel=2e-3)
-    assert found < 0.96 * (y - y.mean(0)).square().mean()  # there is something to fit
+    assert found < 0.8 * (y - y.mean(0)).square().mean()  # there is something to fit
 
 
 def test_nothing_is_left_behind():

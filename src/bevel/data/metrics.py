@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from bevel.core.errors import DataError
 from bevel.core.modes import evaluating
@@ -40,6 +39,9 @@ def evaluate(
     Raises:
         DataError: there are no batches, or a label has no output.
     """
+    # Imported here: it takes a second, which a command that evaluates nothing need not wait for.
+    from torchmetrics.classification import MulticlassAccuracy
+
     parameter = next(net.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     total = len(batches) if isinstance(batches, Sized) else None

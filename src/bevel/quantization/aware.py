@@ -23,11 +23,10 @@ from bevel.core.errors import ExportError
 from bevel.core.quiet import quiet
 from bevel.core.recipe import Quantization
 from bevel.graph.program import fixed_batch
-from bevel.quantization.annotate import WEIGHTED, aten
+from bevel.quantization.annotate import WEIGHTED
+from bevel.quantization.folding import BATCH_NORM
 from bevel.quantization.pt2e import calibrated
 from bevel.quantization.simulation import FakeQuantize, fake_quantize, observed
-
-BATCH_NORM = aten.batch_norm.default
 
 
 class _AnyBatchNorm(_BatchNorm):

@@ -72,9 +72,11 @@ def calibrated(
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
         from bevel.quantization import rounding, weights
+        from bevel.quantization.folding import keep_apart, rejoin
         from bevel.quantization.keeping import KeepingFloat
 
         module = program.module()
+    keep_apart(module)
     if options.equalize:
         weights.fold_batch_norms(module)
         weights.equalize(module)
@@ -84,6 +86,7 @@ def calibrated(
         if options.keep_float:
             quantizer = KeepingFloat(quantizer, options.keep_float)
         prepared: GraphModule = prepare_pt2e(module, quantizer)
+    rejoin(prepared)
     count = len(program.graph_signature.user_inputs)
     static_batch = fixed_batch(program)
     _calibrate(prepared, calibration, count, static_batch)

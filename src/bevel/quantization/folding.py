@@ -1,0 +1,76 @@
+"""Which batch norms may be folded into the layer before them.
+
+torchao (0.18) folds every batch norm that reads a convolution or linear layer, also where others
+read that layer, or share its weights: what they get is then scaled too. A DenseNet's stem and each
+block of a pre-activation ResNet are such layers. So those batch norms are kept apart from their
+layer by an operator that does nothing, for as long as torchao folds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+BATCH_NORM = aten.batch_norm.default
+
+APART = aten.alias.default
+
+
+def keep_apart(module: GraphModule) -> int:
+    """Put an operator before each batch norm that must not be folded into its layer, in place.
+
+    Returns:
+        How many there are.
+    """
+    norms = [node for node in module.graph.nodes if node.target is BATCH_NORM]
+    sharing: dict[Any, set[tuple[Any, ...]]] = defaultdict(set)
+    for node in module.graph.nodes:
+        weight = _weight(node)
+        if weight is not None:
+            sharing[weight] |= {_behind(user) for user in node.users}
+    held = 0
+    for norm in norms:
+        layer = norm.args[0]
+        weight = _weight(layer) if isinstance(layer, Node) else None
+        if weight is None or (sharing[weight] == {_behind(norm)} and len(layer.users) == 1):
+            continue
+        with module.graph.inserting_before(norm):
+            apart = module.graph.call_function(APART, (layer,))
+        apart.meta = dict(layer.meta)
+        norm.replace_input_with(layer, apart)
+        held += 1
+    if held:
+        module.recompile()
+    return held
+
+
+def rejoin(module: GraphModule) -> None:
+    """Undo `keep_apart`, in place."""
+    nodes = [node for node in module.graph.nodes if node.target is APART]
+    for node in nodes:
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    if nodes:
+        module.recompile()
+
+
+def _weight(node: Node) -> Any:
+    """Which stored tensor is the weight of a layer; None for other operators."""
+    if node.op != "call_function" or len(node.args) < 2:
+        return None
+    weight = node.args[1]
+    stored = isinstance(weight, Node) and weight.op == "get_attr"
+    return weight.target if stored and node.target is not BATCH_NORM else None
+
+
+def _behind(node: Node) -> tuple[Any, ...]:
+    """What a reader of a layer does with it: the same for a batch norm with the same parameters."""
+    if node.target is not BATCH_NORM:
+        return (node,)
+    stored = (each.target if isinstance(each, Node) else each for each in node.args[1:])
+    return (BATCH_NORM, *stored)
