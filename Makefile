@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Most of the 27,000 modules that all extras bring are never imported: Python compiles those that are.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test lint install help
@@ -42,10 +44,10 @@ $(VENV)/.created:
 # An editable install, so that a pulled change runs without installing again.
 $(VENV)/.installed: $(INPUTS) | $(VENV)/.created
 	@echo "Installing bevel into $(VENV): a few minutes, once."
-	$(PIP) install -c constraints.txt -e .
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.installed-all: $(INPUTS) | $(VENV)/.created
 	@echo "Installing bevel with every extra into $(VENV): a few minutes, once."
-	$(PIP) install -c constraints.txt -e '.[all]'
+	$(INSTALL) -e '.[all]'
 	@touch $@ $(VENV)/.installed
