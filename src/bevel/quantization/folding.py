@@ -35,9 +35,11 @@ def keep_apart(module: GraphModule) -> int:
             sharing[weight] |= {_behind(user) for user in node.users}
     held = 0
     for norm in norms:
-        layer = norm.args[0]
-        weight = _weight(layer) if isinstance(layer, Node) else None
-        if weight is None or (sharing[weight] == {_behind(norm)} and len(layer.users) == 1):
+        layer = _argument(norm, 0)
+        weight = None if layer is None else _weight(layer)
+        if layer is None or weight is None:
+            continue  # nothing that it could be folded into
+        if sharing[weight] == {_behind(norm)} and len(layer.users) == 1:
             continue
         with module.graph.inserting_before(norm):
             apart = module.graph.call_function(APART, (layer,))
@@ -53,7 +55,9 @@ def rejoin(module: GraphModule) -> None:
     """Undo `keep_apart`, in place."""
     nodes = [node for node in module.graph.nodes if node.target is APART]
     for node in nodes:
-        node.replace_all_uses_with(node.args[0])
+        held = _argument(node, 0)
+        assert held is not None  # noqa: S101  # `keep_apart`
+        node.replace_all_uses_with(held)
         module.graph.erase_node(node)
     if nodes:
         module.recompile()
@@ -61,11 +65,16 @@ def rejoin(module: GraphModule) -> None:
 
 def _weight(node: Node) -> Any:
     """Which stored tensor is the weight of a layer; None for other operators."""
-    if node.op != "call_function" or len(node.args) < 2:
+    weight = _argument(node, 1) if node.op == "call_function" else None
+    if weight is None or weight.op != "get_attr" or node.target is BATCH_NORM:
         return None
-    weight = node.args[1]
-    stored = isinstance(weight, Node) and weight.op == "get_attr"
-    return weight.target if stored and node.target is not BATCH_NORM else None
+    return weight.target
+
+
+def _argument(node: Node, position: int) -> Node | None:
+    """An argument that is computed or stored; None for numbers, and where there is none."""
+    found = node.args[position] if position < len(node.args) else None
+    return found if isinstance(found, Node) else None
 
 
 def _behind(node: Node) -> tuple[Any, ...]:
