@@ -3,11 +3,13 @@
     python benchmarks/versus_torch_pruning.py --recipe recipes/resnet20_projection_cifar10.yaml \
         --data DIR --work DIR --out benchmarks/results/versus_resnet20.json
 
-The base is what the recipe's first step trains; --work keeps it and every finished training, so the
-same command goes on where it was. Torch-Pruning (GroupMagnitudeImportance, p=2, global, the ratio
-found by bisection) comes first, and bevel (by default as a prune step with criterion l2) gets what
-that has left of the MACs as its budget. Both round widths to the same number. Then both are
-fine-tuned by bevel's loop. Test images are looked at once, at the end, through the exported files.
+The base is what the recipe's first step trains, or with --padded a public ResNet of CIFAR-10 as it
+is: its padded shortcuts, which Torch-Pruning does not take, are written as projections that give
+the same. --work keeps the base and every finished training, so the same command goes on where it
+was. Torch-Pruning (GroupMagnitudeImportance, p=2, global, the ratio found by bisection) comes
+first, and bevel (by default as a prune step with criterion l2) gets what that has left of the MACs
+as its budget. Both round widths to the same number. Then both are fine-tuned by bevel's loop. Test
+images are looked at once, at the end, through the exported files.
 """
 
 from __future__ import annotations
@@ -49,6 +51,26 @@ def macs(net: nn.Module, example: torch.Tensor) -> float:
     with torch.no_grad(), counter:
         net(example)
     return counter.get_total_flops() / 2
+
+
+@torch.no_grad()
+def as_projections(net: nn.Module, padded: nn.Module) -> nn.Module:
+    """The network with projections computes what the one with padded shortcuts does, exactly.
+
+    A padded shortcut puts its channels in the middle of more of them: a 1x1 convolution with a 1
+    for each, and a batch norm that changes nothing.
+    """
+    own = net.state_dict()
+    for name in own:
+        if not name.endswith("shortcut.0.weight"):
+            continue
+        outputs, inputs = own[name].shape[:2]
+        places = torch.arange(inputs) + (outputs - inputs) // 2
+        own[name].zero_()[places, torch.arange(inputs)] = 1
+        norm = name.replace("0.weight", "1")
+        own[f"{norm}.running_var"].fill_(1 - net.get_submodule(norm).eps)
+    net.load_state_dict({**own, **padded.state_dict()})
+    return net.eval()
 
 
 def peer(net: nn.Module, example: torch.Tensor, share: float, align: int) -> nn.Module:
@@ -173,6 +195,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True, help="data, network, base training")
     parser.add_argument("--data", type=Path, required=True, help="train/CLASS/*, test/CLASS/*")
     parser.add_argument("--checkpoint", type=Path, help="what the base starts from")
+    parser.add_argument("--padded", type=Path, help="a public ResNet-20 with padded shortcuts")
     parser.add_argument("--work", type=Path, required=True, help="finished trainings")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--share", type=float, default=0.5, help="of the MACs that may be left")
@@ -194,10 +217,13 @@ def main() -> None:
         given.checkpoint,
         new_head=recipe.model.head == "new",
     )
-    first = recipe.steps[0].settings
-    base = finetune(
-        net, data, first, seed=recipe.seed, folder=given.work / "base", label="base"
-    ).net
+    if given.padded is not None:
+        base = as_projections(net, bevel.build_model(recipe.model.name, {}, given.padded))
+    else:
+        first = recipe.steps[0].settings
+        base = finetune(
+            net, data, first, seed=recipe.seed, folder=given.work / "base", label="base"
+        ).net
     whole = macs(base, example), sum(p.numel() for p in base.parameters())
     pruned = {"torch-pruning": peer(base, example, given.share, given.align)}
     left = macs(pruned["torch-pruning"], example) / whole[0]
@@ -210,6 +236,7 @@ def main() -> None:
     pruned["bevel"] = ours(base, example, step, data)
     record: dict[str, Any] = {
         "recipe": given.recipe.name,
+        "base": given.padded.name if given.padded is not None else "trained by the recipe",
         "align": given.align,
         "criterion": given.criterion,
         "allocate": given.allocate,
