@@ -9,7 +9,7 @@ from tiny_training import Interrupted, TinyData, tiny_net
 from torch import nn
 
 from bevel.core.errors import TrainingError
-from bevel.core.steps import TrainStep
+from bevel.core.steps import QatStep, TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.embedding import (
     embedding_loss,
@@ -160,3 +160,8 @@ def test_views_keep_the_embeddings_too():
 def test_stages_that_join_later_do_not_go_with_it():
     with pytest.raises(ValidationError, match=r"unfreeze and distill\.embedding"):
         TrainStep(epochs=1, unfreeze=1, distill={"embedding": 1.0})
+
+
+def test_training_for_int8_does_not_take_it():
+    with pytest.raises(ValidationError, match=r"qat does not take distill\.embedding"):
+        QatStep(epochs=1, distill={"embedding": 1.0})

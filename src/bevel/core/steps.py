@@ -153,6 +153,13 @@ class QatStep(FinetuneStep):
         description="whose int8 is simulated; default: that of the first int8 target",
     )
 
+    @model_validator(mode="after")
+    def answers_alone(self) -> QatStep:
+        """In the traced network that is trained, layers are no modules any more."""
+        if self.distill is not None and self.distill.embedding > 0:
+            raise ValueError("qat does not take distill.embedding: leave it to a finetune step")
+        return self
+
 
 def _limit(written: object, info: ValidationInfo) -> object:
     """As it was written, if it is a limit of the field's quantity."""
