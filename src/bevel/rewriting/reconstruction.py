@@ -22,14 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
 from bevel.graph.patches import patches, some_places
 from bevel.graph.record import decomposed
-from bevel.models.batchnorm import restate
 from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Seen
 
@@ -287,14 +285,12 @@ class _Fitting:
         inputs = layer.read(x, y, places)
         change = None if inputs is None else best_change(inputs, missing, len(y))
         before = _spread(missing) / spread
-        held = layer.weight.flatten(1).norm(dim=1)
         if change is not None:
             layer.weight.add_(change.reshape(layer.weight.shape).to(layer.weight))
             y = run(x)
             missing = target - layer.at(y, places)
         self.done.append(Refit(layer.name, before, _spread(missing) / spread))
-        y = self._centred(layer, y, missing.mean(1))
-        return self._restated(layer, y, held)
+        return self._centred(layer, y, missing.mean(1))
 
     def _target(self, name: str) -> Tensor | None:
         target = self.outputs.get(name)
@@ -315,29 +311,6 @@ class _Fitting:
             return y
         layer.bias.add_(missing.to(layer.bias))
         return y + missing.to(y).reshape(-1, *[1] * (y.ndim - 2 if layer.is_image else 0))
-
-    def _restated(self, layer: _Layer, y: Tensor, held: Tensor) -> Tensor:
-        """Have the batch norm behind the layer know it as it is now; what it gives stays.
-
-        The fit changes what the layer gives, and makes its filters longer: training would begin
-        from another function, since a batch norm then divides by the deviation of each batch, and
-        with smaller steps, since those of a filter before a batch norm count relative to the square
-        of its length (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization",
-        2017). So the filters get the length that they had.
-        """
-        norm = self.norms.get(layer.name)
-        if not isinstance(norm, _BatchNorm) or norm.weight is None or norm.bias is None:
-            return y
-        assert y.shape[1] == len(held)  # noqa: S101  # or the batch norm could not read it
-        now = layer.weight.flatten(1).norm(dim=1)
-        factor = torch.where((now > 0) & (held > 0), held / now, 1.0)
-        layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.ndim - 1)))
-        if layer.bias is not None:
-            layer.bias.mul_(factor)
-        y = y * factor.reshape(-1, *[1] * (y.ndim - 2))
-        samples = y.transpose(0, 1).flatten(1).double()
-        restate(norm, samples.mean(1), samples.var(1, correction=0), factor.double())
-        return y
 
 
 def best_change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
