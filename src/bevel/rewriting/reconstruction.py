@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
@@ -285,12 +286,15 @@ class _Fitting:
         inputs = layer.read(x, y, places)
         change = None if inputs is None else best_change(inputs, missing, len(y))
         before = _spread(missing) / spread
+        held = layer.weight.flatten(1).norm(dim=1)
         if change is not None:
             layer.weight.add_(change.reshape(layer.weight.shape).to(layer.weight))
             y = run(x)
-            missing = target - layer.at(y, places)
+            found = layer.at(y, places)
+            missing = target - found
         self.done.append(Refit(layer.name, before, _spread(missing) / spread))
-        return self._centred(layer, y, missing.mean(1))
+        y = self._centred(layer, y, missing.mean(1))
+        return self._restated(layer, y, held, found.var(1) / target.var(1))
 
     def _target(self, name: str) -> Tensor | None:
         target = self.outputs.get(name)
@@ -311,6 +315,39 @@ class _Fitting:
             return y
         layer.bias.add_(missing.to(layer.bias))
         return y + missing.to(y).reshape(-1, *[1] * (y.ndim - 2 if layer.is_image else 0))
+
+    def _restated(self, layer: _Layer, y: Tensor, held: Tensor, spread: Tensor) -> Tensor:
+        """Have the batch norm behind the layer know how it was changed; what it gives stays.
+
+        The fit changes the variance of what the layer gives, and makes its filters longer. A batch
+        norm in training divides by the deviation of each batch, so training would begin from
+        another function; and with smaller steps, since those of a filter before a batch norm count
+        relative to the square of its length (van Laarhoven, "L2 Regularization versus Batch and
+        Weight Normalization", 2017). So variances move as those that are read did, and filters
+        get the length that they had.
+
+        Args:
+            layer: with its new weights.
+            y: what it gives.
+            held: (outputs,) how long its filters were.
+            spread: (outputs,) the variance of what it gives, relative to what it gave.
+        """
+        norm = self.norms.get(layer.name)
+        if not isinstance(norm, _BatchNorm) or norm.weight is None or norm.bias is None:
+            return y
+        assert norm.running_mean is not None  # noqa: S101  # `norm_behind` found it
+        assert norm.running_var is not None  # noqa: S101
+        now = layer.weight.flatten(1).norm(dim=1)
+        factor = torch.where((now > 0) & (held > 0), held / now, 1.0)
+        spread = torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
+        wide = norm.running_var * spread * factor.square()
+        norm.weight.mul_(((wide + norm.eps) / (norm.running_var + norm.eps)).sqrt() / factor)
+        norm.running_var.copy_(wide)
+        norm.running_mean.mul_(factor)
+        layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+        if layer.bias is not None:
+            layer.bias.mul_(factor)
+        return y * factor.reshape(-1, *[1] * (y.ndim - 2))
 
 
 def best_change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
