@@ -73,27 +73,6 @@ def test_means_are_taken_by_the_batch_norm_behind_a_layer_without_bias():
     assert not torch.equal(changed[1].running_mean, original[1].running_mean)
 
 
-def test_training_goes_on_from_the_function_that_was_fitted():
-    torch.manual_seed(0)
-    original = nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12, momentum=1.0), nn.ReLU(),
-        nn.Conv2d(12, 12, 3, bias=False), nn.BatchNorm2d(12, momentum=1.0), nn.ReLU(),
-        nn.Conv2d(12, 4, 3),
-    )  # fmt: skip
-    given = images(128)
-    original(given)  # the batch norms know it
-    plan = bevel.plan_pruning(original, given[:1], criterion="l2", ratio=0.5, align=1)
-    pruned = bevel.prune(original, plan)
-    held = pruned[3].weight.flatten(1).norm(dim=1)
-    refits = reconstruct(pruned, original, given, kept=plan.outputs())
-    assert [refit.module for refit in refits] == ["3", "6"]
-    assert torch.allclose(pruned[3].weight.flatten(1).norm(dim=1), held, rtol=1e-4)
-    with torch.no_grad():
-        fitted = pruned.eval()(given)
-        trained = pruned.train()(given)
-    assert (trained - fitted).square().mean() < 1e-6 * fitted.var()
-
-
 class Shifted(nn.Conv2d):
     """A convolution of an image that is brighter than the original's."""
 

@@ -97,7 +97,7 @@ def unfold(net: nn.Module, batches: Iterable[Any], label: str = "folded batch no
             hook.remove()
     for norm, moments in read.items():
         if moments.count:
-            restate(norm, *moments.mean_and_variance())
+            _unfold(norm, *moments.mean_and_variance())
     return sum(moments.count > 0 for moments in read.values())
 
 
@@ -125,28 +125,11 @@ class _Moments:
         return mean, (self.squares / self.count - mean.square()).clamp(min=0)
 
 
-@torch.no_grad()
-def restate(
-    norm: _BatchNorm,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    factor: torch.Tensor | float = 1.0,
-) -> None:
-    """Take these statistics, and weights with which it computes what it did, in place.
-
-    In evaluation nothing changes; training starts from the same function, where the statistics are
-    those of what it reads.
-
-    Args:
-        norm: with running statistics, weight and bias.
-        mean: (C,) of what it reads from now on.
-        variance: (C,) likewise.
-        factor: (C,), above 0: what it reads from now on is what it read, times this.
-    """
+def _unfold(norm: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Take these statistics, and weights with which it computes what it did."""
     scale, shift = affine(norm)
-    assert norm.running_mean is not None  # noqa: S101  # `affine`
+    assert norm.running_mean is not None  # noqa: S101  # it is folded
     assert norm.running_var is not None  # noqa: S101
-    scale = scale / factor
     norm.weight.copy_(scale * (variance + norm.eps).sqrt())
     norm.bias.copy_(scale * mean + shift)
     norm.running_mean.copy_(mean)

@@ -22,14 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bevel.core.modes import evaluating
 from bevel.core.progress import track
 from bevel.graph.patches import patches, some_places
 from bevel.graph.record import decomposed
-from bevel.models.batchnorm import restate
 from bevel.rewriting.modules import SeparableConv2d
 from bevel.rewriting.seen import Seen
 
@@ -47,9 +45,6 @@ WIDEST = 6144
 
 STIFFNESS = (10.0, 1.0, 0.1, 0.01, 0.001)
 """How strongly weights are held where they are, relative to the mean square of the inputs."""
-
-KNOWN = 4.0
-"""A batch norm knows what it reads if the variances are right up to this factor, in the mean."""
 
 SAME = 1e-9
 """A relative squared error below which a layer is left alone."""
@@ -290,14 +285,12 @@ class _Fitting:
         inputs = layer.read(x, y, places)
         change = None if inputs is None else best_change(inputs, missing, len(y))
         before = _spread(missing) / spread
-        held = layer.weight.flatten(1).norm(dim=1)
         if change is not None:
             layer.weight.add_(change.reshape(layer.weight.shape).to(layer.weight))
             y = run(x)
             missing = target - layer.at(y, places)
         self.done.append(Refit(layer.name, before, _spread(missing) / spread))
-        y = self._centred(layer, y, missing.mean(1))
-        return self._restated(layer, y, held, target.var(1))
+        return self._centred(layer, y, missing.mean(1))
 
     def _target(self, name: str) -> Tensor | None:
         target = self.outputs.get(name)
@@ -318,40 +311,6 @@ class _Fitting:
             return y
         layer.bias.add_(missing.to(layer.bias))
         return y + missing.to(y).reshape(-1, *[1] * (y.ndim - 2 if layer.is_image else 0))
-
-    def _restated(self, layer: _Layer, y: Tensor, held: Tensor, gave: Tensor) -> Tensor:
-        """Have the batch norm behind the layer know it as it is now; what it gives stays.
-
-        The fit changes what the layer gives, and makes its filters longer. A batch norm in training
-        divides by the deviation of each batch, so training would begin from another function; and
-        with smaller steps, since those of a filter before a batch norm count relative to the square
-        of its length (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization",
-        2017). So the batch norm takes the statistics of what it reads, and filters get the length
-        that they had. One that never learned what it reads is left: what an untrained network
-        computes with it is not worth keeping.
-
-        Args:
-            layer: with its new weights.
-            y: what it gives.
-            held: (outputs,) how long its filters were.
-            gave: (outputs,) the variance of what it gave.
-        """
-        norm = self.norms.get(layer.name)
-        if not isinstance(norm, _BatchNorm) or norm.weight is None or norm.bias is None:
-            return y
-        assert norm.running_var is not None  # noqa: S101  # `norm_behind` found it
-        known = float(((gave + norm.eps) / (norm.running_var + norm.eps)).log().mean().exp())
-        if not 1 / KNOWN < known < KNOWN:
-            return y
-        now = layer.weight.flatten(1).norm(dim=1)
-        factor = torch.where((now > 0) & (held > 0), held / now, 1.0)
-        layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.ndim - 1)))
-        if layer.bias is not None:
-            layer.bias.mul_(factor)
-        y = y * factor.reshape(-1, *[1] * (y.ndim - 2))
-        variance, mean = torch.var_mean(y, [0, *range(2, y.ndim)], correction=0)
-        restate(norm, mean.double(), variance.double(), factor.double())
-        return y
 
 
 def best_change(inputs: Tensor, missing: Tensor, images: int) -> Tensor | None:
