@@ -58,7 +58,8 @@ def as_projections(net: nn.Module, padded: nn.Module) -> nn.Module:
     """The network with projections computes what the one with padded shortcuts does, exactly.
 
     A padded shortcut puts its channels in the middle of more of them: a 1x1 convolution with a 1
-    for each, and a batch norm that changes nothing.
+    for each, and a batch norm that changes nothing. In training it scales the shortcut, since its
+    statistics are not those of what it reads (docs/benchmarks.md).
     """
     own = net.state_dict()
     for name in own:

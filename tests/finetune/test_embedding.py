@@ -157,6 +157,13 @@ def test_views_keep_the_embeddings_too():
     assert len(asked) == once
 
 
+def test_a_teacher_in_another_precision_is_asked_in_single():
+    settings = _settings()
+    found = finetune(tiny_net(), TinyData(), settings, teacher=tiny_net(seed=5).double())
+    alike = finetune(tiny_net(), TinyData(), settings, teacher=tiny_net(seed=5))
+    assert digest(found.net) == digest(alike.net)
+
+
 def test_stages_that_join_later_do_not_go_with_it():
     with pytest.raises(ValidationError, match=r"unfreeze and distill\.embedding"):
         TrainStep(epochs=1, unfreeze=1, distill={"embedding": 1.0})

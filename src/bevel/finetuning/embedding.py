@@ -72,12 +72,12 @@ def with_embeddings(
     """
     first, _ = next(iter(batches))
     names = last_layer(net, first[:1], "the network"), last_layer(teacher, first[:1], "the teacher")
-    shown = copy.deepcopy(teacher).eval()
+    shown = copy.deepcopy(teacher).float().eval()
     _swap(shown, names[1], _Showing)
     probe = copy.deepcopy(net).train()
     _swap(probe, names[0], _Showing)
     sizes = _features(net, names[0]), _features(teacher, names[1])
-    regressor = _fitted(probe, shown, sizes, batches)
+    regressor = _fitted(probe, shown, sizes, islice(batches, max(1, IMAGES // len(first))))
     mapped = copy.deepcopy(net)
     _swap(mapped, names[0], _Mapping).regressor = regressor
     return mapped, shown
@@ -169,18 +169,13 @@ def _fitted(
         net: gives its embedding first, in the mode that it is in.
         teacher: likewise.
         sizes: features of both embeddings.
-        batches: images and labels.
+        batches: images and labels, all of which are taken.
     """
     inputs, outputs = sizes
-    form = torch.channels_last  # twice as fast in float32 on processors
-    net, teacher = (each.to(memory_format=form) for each in (net, teacher))
-    first, _ = next(iter(batches))
-    count = max(1, IMAGES // len(first))
     read, wanted = [], []
-    for images, _ in track(islice(batches, count), "fitting the map between embeddings", count):
-        images = images.contiguous(memory_format=form)
-        read.append(net(images)[:, :inputs])
-        wanted.append(teacher(images)[:, :outputs])
+    for images, _ in track(batches, "fitting the map between embeddings"):
+        read.append(_outputs(net, images)[:, :inputs])
+        wanted.append(_outputs(teacher, images)[:, :outputs])
     x, y = torch.cat(read).double(), torch.cat(wanted).double()
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
@@ -191,3 +186,11 @@ def _fitted(
     regressor.weight.copy_(weight)
     regressor.bias.copy_(mean_y - weight @ mean_x)
     return regressor
+
+
+def _outputs(net: nn.Module, images: Tensor) -> Tensor:
+    """What a network gives, wherever it is, on the processor."""
+    form = torch.channels_last  # twice as fast in float32 on processors
+    device = next(net.parameters()).device
+    outputs: Tensor = net.to(memory_format=form)(images.to(device, memory_format=form))
+    return outputs.cpu()
