@@ -54,12 +54,13 @@ def macs(net: nn.Module, example: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def as_projections(net: nn.Module, padded: nn.Module) -> nn.Module:
-    """The network with projections computes what the one with padded shortcuts does, exactly.
+def as_projections(net: nn.Module, padded: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The network with projections computes what the one with padded shortcuts does.
 
     A padded shortcut puts its channels in the middle of more of them: a 1x1 convolution with a 1
-    for each, and a batch norm that changes nothing. In training it scales the shortcut, since its
-    statistics are not those of what it reads (docs/benchmarks.md).
+    for each, and a batch norm that changes nothing. The batch norm has the statistics that these
+    images (N, C, H, W) give it, as if it had been trained: with others it would change the shortcut
+    as soon as training begins.
     """
     own = net.state_dict()
     for name in own:
@@ -68,10 +69,28 @@ def as_projections(net: nn.Module, padded: nn.Module) -> nn.Module:
         outputs, inputs = own[name].shape[:2]
         places = torch.arange(inputs) + (outputs - inputs) // 2
         own[name].zero_()[places, torch.arange(inputs)] = 1
-        norm = name.replace("0.weight", "1")
-        own[f"{norm}.running_var"].fill_(1 - net.get_submodule(norm).eps)
     net.load_state_dict({**own, **padded.state_dict()})
-    return net.eval()
+
+    def knows(norm: nn.Module, given: tuple[Any, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101
+        assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101
+        variance, average = torch.var_mean(given[0], (0, 2, 3))
+        norm.running_mean.copy_(average)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.bias.copy_(average)
+
+    hooks = [
+        module.register_forward_pre_hook(knows)
+        for name, module in net.named_modules()
+        if name.endswith("shortcut.1")
+    ]
+    net.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    changed = (net(images[:64]) - padded.eval()(images[:64])).abs().max()
+    assert changed < 1e-3, f"the projections change the answers by {changed:.2g}"  # noqa: S101
+    return net
 
 
 def peer(net: nn.Module, example: torch.Tensor, share: float, align: int) -> nn.Module:
@@ -205,6 +224,7 @@ def main() -> None:
     parser.add_argument("--allocate", default="global", help="bevel's")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--precision", default="auto", help="of the trainings: one for both tools")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     recipe: Recipe = load(given.recipe)
@@ -219,7 +239,8 @@ def main() -> None:
         new_head=recipe.model.head == "new",
     )
     if given.padded is not None:
-        base = as_projections(net, bevel.build_model(recipe.model.name, {}, given.padded))
+        known = torch.cat([batch for batch, _ in data.batches("train", limit=2048)])
+        base = as_projections(net, bevel.build_model(recipe.model.name, {}, given.padded), known)
     else:
         first = recipe.steps[0].settings
         base = finetune(
@@ -243,6 +264,7 @@ def main() -> None:
         "allocate": given.allocate,
         "epochs": given.epochs,
         "lr": given.lr,
+        "precision": given.precision,
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "pruned": {},
     }
@@ -257,7 +279,7 @@ def main() -> None:
             "validation": evaluate(judged, data.batches("validation")).top1,
         }
         print(tool, record["pruned"][tool], flush=True)
-    settings = FinetuneStep(epochs=given.epochs, lr=given.lr)
+    settings = FinetuneStep(epochs=given.epochs, lr=given.lr, precision=given.precision)
     nets = {
         f"{tool}-seed{seed}": trained(tool, pruned[tool], data, settings, seed, given.work)
         for seed in range(given.seeds)

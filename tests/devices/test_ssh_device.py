@@ -29,7 +29,7 @@ def _tidy(server):
     """Whatever a test did: no job is left on the device, and nothing runs there."""
     yield
     assert server.jobs() == []
-    deadline = time.monotonic() + 5  # a killed process takes a moment to vanish
+    deadline = time.monotonic() + 15  # a killed process takes a moment to vanish
     while server.runners() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert server.runners() == []

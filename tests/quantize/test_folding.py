@@ -14,7 +14,7 @@ from bevel.models.densenet import DenseNet
 from bevel.quantization.annotate import FusingQuantizer
 from bevel.quantization.aware import quantization_aware
 from bevel.quantization.folding import APART, BATCH_NORM, keep_apart, rejoin
-from bevel.quantization.pt2e import calibrated
+from bevel.quantization.pt2e import calibrated, quantize
 from bevel.quantization.ranges import u8s8
 from bevel.quantization.sensitivity import sqnr_db
 from bevel.quantization.simulation import Simulation
@@ -120,3 +120,15 @@ def test_a_batch_norm_that_nothing_else_reads_is_folded():
     program = export_program(randomise(Plain()), (EXAMPLE,))
     prepared = calibrated(program, FusingQuantizer(u8s8()), [images()])
     assert BATCH_NORM not in [node.target for node in prepared.graph.nodes]
+
+
+def test_nothing_is_looked_for_that_only_training_for_int8_leaves(monkeypatch):
+    import torchao.quantization.pt2e.qat_utils as trained
+
+    # Tracing a pattern of quantization-aware training fails: it takes seconds, and there are many.
+    monkeypatch.setattr(trained, "_get_aten_graph_module_for_pattern", None)
+    net, x = randomise(PreActivation()), images()
+    int8 = quantize(export_program(net, (EXAMPLE,)), FusingQuantizer(u8s8()), [x])
+    assert [node.target for node in int8.graph.nodes].count(BATCH_NORM) == 2
+    with torch.no_grad():
+        assert sqnr_db(net(x), int8(x)) > 25

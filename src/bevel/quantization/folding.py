@@ -3,12 +3,14 @@
 torchao (0.18) folds every batch norm that reads a convolution or linear layer, also where others
 read that layer, or share its weights: what they get is then scaled too. A DenseNet's stem and each
 block of a pre-activation ResNet are such layers. So those batch norms are kept apart from their
-layer by an operator that does nothing, for as long as torchao folds.
+layer by an operator that does nothing, for as long as torchao folds, and are hidden from its search
+for those that were trained as quantized.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +63,30 @@ def rejoin(module: GraphModule) -> None:
         module.graph.erase_node(node)
     if nodes:
         module.recompile()
+
+
+def converted(prepared: GraphModule, convert: Callable[[GraphModule], GraphModule]) -> GraphModule:
+    """What `convert` makes of a network that was not trained as quantized.
+
+    Where it sees a batch norm, torchao's looks for those of quantization-aware training. Tracing
+    the patterns of them takes ten times as long as all the rest, and none can be there.
+    """
+    _retarget(prepared, BATCH_NORM, _batch_norm)
+    return _retarget(convert(prepared), _batch_norm, BATCH_NORM)
+
+
+def _batch_norm(*given: Any) -> Any:
+    """Batch norm, by a name that torchao does not know."""
+    return BATCH_NORM(*given)
+
+
+def _retarget(module: GraphModule, old: Any, new: Any) -> GraphModule:
+    nodes = [node for node in module.graph.nodes if node.target is old]
+    for node in nodes:
+        node.target = new
+    if nodes:
+        module.recompile()
+    return module
 
 
 def _weight(node: Node) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ def quantize(
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        converted: GraphModule = convert_pt2e(prepared, fold_quantize=fold_weights)
-    return converted
+        from bevel.quantization.folding import converted
+
+        return converted(prepared, partial(convert_pt2e, fold_quantize=fold_weights))
 
 
 def calibrated(
