@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -19,8 +20,8 @@ from bevel.graph.couplings import Analysis, ChannelGroup
 from bevel.pruning.plan import PruningPlan, make_plan
 from graph.random_networks import EVERYTHING, KINDS, Block, Spec, build, example, specs
 
-CASES = 25
-"""Networks per operator kind."""
+CASES = int(os.environ.get("BEVEL_CASES", "8"))
+"""Networks per operator kind; each has operators of other kinds too."""
 SAMPLE = 3
 """Networks per operator kind in the sample that shows that the generator is not vacuous."""
 HARD = sorted(name for name in EVERYTHING if name.endswith("_hard"))

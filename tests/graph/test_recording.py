@@ -320,11 +320,19 @@ def test_whatever_a_network_looks_at_is_right(steps, few):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", ["ssdlite320_mobilenet_v3_large", "keypointrcnn_resnet50_fpn"])
+@pytest.mark.parametrize(
+    ("build", "small"),
+    [
+        ("ssdlite320_mobilenet_v3_large", {}),
+        ("keypointrcnn_resnet50_fpn", {"min_size": 160, "max_size": 160}),
+    ],
+)
 @pytest.mark.usefixtures("no_second_pass")
-def test_detectors_are_recorded_at_once(build, monkeypatch):
+def test_detectors_are_recorded_at_once(build, small, monkeypatch):
     torch.manual_seed(0)
-    net = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None).eval()
+    net = getattr(torchvision.models.detection, build)(
+        weights=None, weights_backbone=None, **small
+    ).eval()
     image = [torch.rand(3, 160, 160)]
     guessed = record(net, (image,))
     earnest = recording._Operators(net, earnest=True)

@@ -10,6 +10,7 @@ import bevel
 from bevel.core import recipe as recipes
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder
+from bevel.pipeline.running import compress
 from bevel.pruning.scoring import score_groups
 
 RECIPE = {
@@ -18,7 +19,7 @@ RECIPE = {
     "model": {"name": "bevel:resnet20", "arguments": {"in_channels": 1}},
     "data": {"name": "digits", "batch_size": 64},
     "steps": [
-        {"train": {"epochs": 2, "lr": 0.1, "precision": "float32", "compile": "never"}},
+        {"train": {"epochs": 1, "lr": 0.1, "precision": "float32", "compile": "never"}},
         {"prune": {"criterion": "taylor", "budget": {"macs": 0.6}, "align": 4}},
     ],
     "calibration": {"images": 96},
@@ -29,7 +30,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "taylor"
-    bevel.run(recipes.validate(RECIPE), out=folder)
+    compress(recipes.validate(RECIPE), out=folder, steps=2)
     return folder
 
 

@@ -26,7 +26,9 @@ def net():
 
 def test_a_run_reaches_its_latency_as_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("BEVEL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(latency_tables, "SAMPLE_SECONDS", 0.3)  # what is chosen is measured longer
+    # What is chosen is measured for longer, and again until it is fast enough.
+    monkeypatch.setattr(latency_tables, "SAMPLES", 6)
+    monkeypatch.setattr(latency_tables, "SAMPLE_SECONDS", 0.2)
     file = tmp_path / "wide.py"
     file.write_text(NET)
     recipe = {

@@ -11,6 +11,7 @@ import bevel
 from bevel.core import recipe as recipes
 from bevel.core.errors import ModelError
 from bevel.finetuning.train import finetune
+from bevel.pipeline.running import compress
 from bevel.runtimes import open_artifact
 from bevel.testing.plugin import assert_readable
 
@@ -95,7 +96,7 @@ def test_the_teacher_sees_its_own_size_unless_feature_maps_are_compared(
         return finetune(net, *arguments, teacher=teacher, **options)
 
     monkeypatch.setattr("bevel.pipeline.flow.finetune", watched)
-    bevel.run(recipes.validate(recipe), out=tmp_path / "run")
+    compress(recipes.validate(recipe), out=tmp_path / "run", steps=3)
     assert {tuple(shape[2:]) for shape in seen} == {(8, 8) if features else (16, 16)}
 
 

@@ -15,6 +15,7 @@ from bevel.core import recipe as recipes
 from bevel.core.errors import PruningError, RecipeError
 from bevel.core.steps import IterateStep
 from bevel.pipeline.rounds import Round, on_schedule, while_accuracy_holds
+from bevel.pipeline.running import compress
 
 PLAIN = {"precision": "float32", "compile": "never"}
 
@@ -97,7 +98,7 @@ def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     asked = recipes.validate(
         recipe(rounds=2, prune={"budget": {"macs": 0.5}, "align": 4}, schedule="cubic")
     )
-    bevel.run(asked, out=tmp_path / "run")
+    compress(asked, out=tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     names = [step["name"] for step in record["steps"] if "export" not in step["name"]]
     assert names == [
@@ -122,7 +123,7 @@ def test_rounds_are_steps_of_a_run_and_are_not_done_twice(tmp_path):
     record["steps"], record["finished"], record["measurements"] = record["steps"][:4], None, []
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     before = (tmp_path / "run/steps/02-iterate.1-finetune/model.safetensors").stat().st_mtime_ns
-    bevel.run(asked, out=tmp_path / "run")
+    compress(asked, out=tmp_path / "run")
     again = json.loads((tmp_path / "run/run.json").read_text())
     assert (
         tmp_path / "run/steps/02-iterate.1-finetune/model.safetensors"
@@ -134,7 +135,7 @@ def test_as_small_as_the_accuracy_allows(tmp_path):
     asked = recipes.validate(
         recipe(max_accuracy_drop=30, rounds=3, prune={"budget": {"macs": 0.6}, "align": 4})
     )
-    bevel.run(asked, out=tmp_path / "run")
+    compress(asked, out=tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     step = next(step for step in record["steps"] if step["name"] == "02-iterate")
     rounds = step["numbers"]["rounds"]
