@@ -52,7 +52,7 @@ def test_a_finished_training_is_not_repeated(tmp_path, data, net):
     [("bfloat16", "channels_last"), ("float32", "channels_last"), ("bfloat16", "contiguous")],
 )
 def test_the_recorded_execution_is_reused_and_resumes_exactly(tmp_path, dtype, memory_format):
-    settings = TrainStep(epochs=3, ema=0.5)
+    settings = TrainStep(epochs=3, ema=0.5, compile="never")
     for folder, source in (("whole", TinyData()), ("parts", Interrupted(1))):
         finetune(tiny_net(), TinyData(), settings, folder=tmp_path / folder)
         (tmp_path / folder / EPOCH_FILE).unlink()

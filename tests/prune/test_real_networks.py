@@ -29,6 +29,7 @@ from yolo import YoloV5, YoloV8, yolov5_loss, yolov8_loss
 import bevel
 from bevel.core.quiet import quiet
 from bevel.pruning.plan import PruningPlan
+from bevel.runtimes._onnx_file import write_onnx
 
 CLASSES = 5
 Inputs = tuple[Any, ...]
@@ -66,7 +67,7 @@ def shufflenet() -> nn.Module:
 
 
 def densenet() -> nn.Module:
-    return models.densenet121(num_classes=CLASSES)
+    return models.DenseNet(block_config=(3, 6, 8, 4), num_classes=CLASSES)
 
 
 def mobilenet() -> nn.Module:
@@ -359,7 +360,8 @@ def onnx_differences(net: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> 
     """Exported and run by ONNX Runtime: each output's difference from torch."""
     expected = outputs(net, inputs)
     with quiet(), torch.no_grad():
-        torch.onnx.export(net, inputs, path, dynamo=True, external_data=False, verbose=False)
+        program = torch.export.export(net, inputs)
+    write_onnx(program, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     arrays: list[np.ndarray] = session.run(
