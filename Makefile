@@ -21,7 +21,7 @@ demo: install
 # what takes 7 s alone then took 491 s. Each begins with its own half of the modules (worksteal), so
 # that what a module's tests share is made once, but where the other takes over at the end.
 test: $(VENV)/.installed-all $(VENV)/sshd lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $${TEST_WORKERS:-2} --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $${TEST_WORKERS:-2} --dist worksteal --durations=20
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check
