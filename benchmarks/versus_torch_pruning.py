@@ -37,7 +37,7 @@ from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune
 from bevel.measurement.bench import Subject, measure_all
-from bevel.models.batchnorm import recalibrate
+from bevel.models.batchnorm import recalibrate, unfold
 
 TOOLS = ("torch-pruning", "bevel")
 PACKAGES = ("bevel", "torch", "torch-pruning", "onnxruntime")
@@ -58,8 +58,8 @@ def as_projections(net: nn.Module, padded: nn.Module, images: torch.Tensor) -> n
     """The network with projections computes what the one with padded shortcuts does.
 
     A padded shortcut puts its channels in the middle of more of them: a 1x1 convolution with a 1
-    for each, and a batch norm that changes nothing. The batch norm has the statistics that these
-    images (N, C, H, W) give it, as if it had been trained: with others it would change the shortcut
+    for each, and a batch norm that changes nothing, written as a folded one is. These images (N, C,
+    H, W) give it statistics, as if it had been trained: without them it would change the shortcut
     as soon as training begins.
     """
     own = net.state_dict()
@@ -69,25 +69,10 @@ def as_projections(net: nn.Module, padded: nn.Module, images: torch.Tensor) -> n
         outputs, inputs = own[name].shape[:2]
         places = torch.arange(inputs) + (outputs - inputs) // 2
         own[name].zero_()[places, torch.arange(inputs)] = 1
+        for what in ("running_mean", "bias"):  # what the one takes away the other gives back
+            own[name.replace("0.weight", f"1.{what}")].fill_(1)
     net.load_state_dict({**own, **padded.state_dict()})
-
-    def knows(norm: nn.Module, given: tuple[Any, ...]) -> None:
-        assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101
-        assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101
-        variance, average = torch.var_mean(given[0], (0, 2, 3))
-        norm.running_mean.copy_(average)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_((variance + norm.eps).sqrt())
-        norm.bias.copy_(average)
-
-    hooks = [
-        module.register_forward_pre_hook(knows)
-        for name, module in net.named_modules()
-        if name.endswith("shortcut.1")
-    ]
-    net.eval()(images)
-    for hook in hooks:
-        hook.remove()
+    unfold(net.eval(), [images])
     changed = (net(images[:64]) - padded.eval()(images[:64])).abs().max()
     assert changed < 1e-3, f"the projections change the answers by {changed:.2g}"  # noqa: S101
     return net

@@ -243,12 +243,13 @@ class RuntimeContract(PluginContract):
     ) -> None:
         """Neither of the example, as data loaders give it, nor of the network's weights."""
         expected = self.expected()
-        turned = small_network().to(memory_format=torch.channels_last)
         example = images(2).to(memory_format=torch.channels_last)
-        path = tmp_path / f"turned{plugin.SUFFIX}"
-        artifact = export(turned, example, runtime=self.name, path=path)
-        difference = np.abs(self.outputs(plugin, artifact) - expected).max()
-        assert difference <= self.tolerances["float32"] * np.abs(expected).max()
+        turned = small_network().to(memory_format=torch.channels_last)
+        for number, net in enumerate((small_network(), turned)):
+            path = tmp_path / f"{number}{plugin.SUFFIX}"
+            artifact = export(net, example, runtime=self.name, path=path)
+            difference = np.abs(self.outputs(plugin, artifact) - expected).max()
+            assert difference <= self.tolerances["float32"] * np.abs(expected).max()
 
     def test_any_batch_size_where_the_file_says_so(
         self, plugin: Runtime, artifacts: Mapping[str, Artifact]
