@@ -9,6 +9,7 @@ from tiny_training import Interrupted, TinyData, tiny_net
 from torch import nn
 from torch.nn import functional as F
 
+from bevel.core.errors import DataError
 from bevel.core.steps import TrainStep
 from bevel.finetuning import finetune
 from bevel.finetuning.distill import combined_loss, distillation_loss, seeing
@@ -89,6 +90,12 @@ def test_training_learns_from_images_without_labels_if_it_is_to():
     assert Counting.asked == 2 * 96 / 16
     assert digest(few.net) != digest(many.net)
     assert many.history[-1]["loss"] < many.history[0]["loss"]
+
+
+def test_data_that_has_no_images_without_labels_says_so():
+    settings = TrainStep(epochs=1, distill={"unlabelled": True})
+    with pytest.raises(DataError, match=r"TinyData has no with_unlabelled\(\)"):
+        finetune(tiny_net(), TinyData(), settings, teacher=Counting())
 
 
 def test_a_teacher_is_shown_the_size_that_it_knows():

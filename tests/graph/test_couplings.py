@@ -216,6 +216,14 @@ def test_wrong_input_is_one_line_that_says_the_shape():
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_precision_than_its_input_is_named_so(kind):
+    name = str(kind).removeprefix("torch.")
+    message = rf"its weights are {name} and the input float32: call net\.float\(\)"
+    with pytest.raises(ModelError, match=message):
+        analyze(Plain().to(kind), EXAMPLE)
+
+
 def test_a_network_that_asserts_its_input_size_is_one_line_too():
     class Asserting(Plain):
         def forward(self, x: Tensor) -> Tensor:

@@ -121,6 +121,14 @@ def test_int8_with_wrong_calibration(plain, tmp_path, calibration, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "executorch"])
+def test_a_network_in_another_precision(runtime, tmp_path):
+    net, example = randomise(Plain()).double(), EXAMPLE.double()
+    message = r"weights are float64 \(.*weight\), and files are made from float32: call net\.float"
+    refused(ExportError, message, net, example, runtime=runtime, path=tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(MeasurementError, match=r"no exported file at .*none\.onnx"):
         open_artifact(tmp_path / "none.onnx")

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 import bevel.finetuning.execution as execution
-from bevel.core.errors import ModelError, TrainingError, one_line
+from bevel.core.errors import DataError, ModelError, TrainingError, one_line
 from bevel.core.progress import track
 from bevel.core.steps import TrainStep
 from bevel.data.metrics import evaluate
@@ -58,7 +58,11 @@ class Batches(Protocol):
 
 
 class TrainingData(Protocol):
-    """What training needs to know of data; `bevel.data.Data` is one."""
+    """What training needs to know of data; `bevel.data.Data` is one.
+
+    For `distill.unlabelled` it also has `with_unlabelled() -> TrainingData`: with images without
+    labels among those of training, their label -1.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,9 +73,6 @@ class TrainingData(Protocol):
 
     def batches(self, split: str) -> Batches:
         """A split in fixed order, unchanged; training reads "validation"."""
-
-    def with_unlabelled(self) -> TrainingData:
-        """With images without labels, for settings that ask for them; their label is -1."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,28 @@ def finetune(
             f"{label}: distill is set but there is no teacher; give one, or remove distill"
         )
     if settings.distill is not None and settings.distill.unlabelled:
-        data = data.with_unlabelled()
+        data = _with_unlabelled(data)
     with torch.random.fork_rng():  # the caller's random numbers go on as if this had not run
         start = _unfolded(net, data, seed)
         loop = _Loop(start, data, settings, seed, teacher, folder, label)
         loop.freeze, loop.penalty = freeze, penalty
         return loop.run()
+
+
+def _with_unlabelled(data: TrainingData) -> TrainingData:
+    """The data with its images without labels.
+
+    Raises:
+        DataError: it has none.
+    """
+    joined = getattr(data, "with_unlabelled", None)
+    if joined is None:
+        raise DataError(
+            f"distill.unlabelled needs images without labels, and {type(data).__name__} has no "
+            "with_unlabelled() that gives them"
+        )
+    more: TrainingData = joined()
+    return more
 
 
 def _unfolded(net: nn.Module, data: TrainingData, seed: int) -> nn.Module:

@@ -421,8 +421,23 @@ def record(net: nn.Module, example_inputs: ExampleInputs) -> Recording:
         place = calls[-1].module if calls else ""
         raise ModelError(
             f"the network cannot be run on inputs of shape {_shapes(example_inputs)}: "
-            f"{one_line(error)} (after {place or 'the first operator'}); check the input shape"
+            f"{one_line(error)} (after {place or 'the first operator'}); "
+            f"{_remedy(net, example_inputs)}"
         ) from error
+
+
+def _remedy(net: nn.Module, example_inputs: ExampleInputs) -> str:
+    """What to look at where a network does not take its inputs."""
+    given = {leaf.dtype for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)}
+    own = {tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()}
+    if own and not own & given and any(dtype.is_floating_point for dtype in given):
+        names = [" and ".join(sorted(_name(dtype) for dtype in kind)) for kind in (own, given)]
+        return f"its weights are {names[0]} and the input {names[1]}: call net.float()"
+    return "check the input shape"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _record(net: nn.Module, example_inputs: ExampleInputs, operators: _Operators) -> Recording:

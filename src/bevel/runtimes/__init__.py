@@ -136,8 +136,8 @@ def export(
         path: the file to write; it appears whole or not at all.
 
     Raises:
-        ExportError: the network cannot be exported, shortened to its reason; or int8 without
-            calibration; or the file cannot be written.
+        ExportError: the network cannot be exported, shortened to its reason, or is not in float32;
+            or int8 without calibration; or the file cannot be written.
         UnknownNameError: there is no such runtime.
     """
     from bevel.graph.copying import laid_out
@@ -145,6 +145,7 @@ def export(
     plugin = load_runtime(runtime, precision)
     if precision == "int8" and calibration is None:
         raise ExportError("int8 takes its ranges from calibration images: pass calibration")
+    _check_precision(net)
     path = Path(path)
     given_inputs = example_inputs if isinstance(example_inputs, Sequence) else (example_inputs,)
     # ExecuTorch has a file take its inputs in the order in which the examples lie, and does not
@@ -180,6 +181,21 @@ def export(
             "its permissions"
         ) from error
     return artifact.model_copy(update={"path": str(path)})
+
+
+def _check_precision(net: nn.Module) -> None:
+    """Files are made from float32; runtimes differ in what they do with anything else.
+
+    Raises:
+        ExportError: a weight is of another floating type.
+    """
+    for name, tensor in net.named_parameters():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point() and kind != "float32":
+            raise ExportError(
+                f"the network's weights are {kind} ({name}), and files are made from float32: call "
+                "net.float() first; the precision of the file is chosen by precision="
+            )
 
 
 def _signature(plugin: Any, path: Path) -> tuple[list[TensorSignature], list[TensorSignature]]:
