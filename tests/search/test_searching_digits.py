@@ -83,7 +83,11 @@ def test_search_prints_its_front_and_a_run_goes_on_from_a_point(
     found = bevel.run(recipes.load(folder / "front/00.yaml"), out=trial)
     assert "test" in looked_at
     assert found.finished is not None
-    assert [step.model_dump(mode="json") for step in found.steps] == before  # nothing done again
+    steps = [step.model_dump(mode="json") for step in found.steps]
+    assert steps[: len(before)] == before  # nothing done again
+    exported = [step["name"].partition("-")[2] for step in steps if step["verb"] == "export"]
+    assert exported[0].startswith("export-compressed-")  # what the trial was judged by
+    assert len(exported) > 1 and {step["verb"] for step in steps[len(before) :]} == {"export"}
     assert found.measurements
 
 

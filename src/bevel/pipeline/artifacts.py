@@ -21,13 +21,18 @@ from bevel.runtimes import export, load_runtime, open_artifact
 
 Numbers = dict[str, Any]
 
+File = tuple[str, str, str]
+"""A file of a run: of which network (original or compressed), its runtime, its precision."""
+
 
 def export_all(
-    recipe: Recipe, folder: RunFolder, models: dict[str, Model]
-) -> dict[tuple[str, str, str], Artifact]:
-    """The files of all targets."""
-    artifacts: dict[tuple[str, str, str], Artifact] = {}
+    recipe: Recipe, folder: RunFolder, models: dict[str, Model], only: File | None = None
+) -> dict[File, Artifact]:
+    """The files of all targets, or only one of them."""
+    artifacts: dict[File, Artifact] = {}
     for number, key in enumerate(files_of(recipe.targets), start=len(recipe.steps) + 1):
+        if only not in (None, key):
+            continue
         label, runtime, precision = key
         name = f"{number:02d}-export-{label}-{runtime}-{precision}"
         path = artifact_path(folder.path, label, runtime, precision)
@@ -74,7 +79,7 @@ def _export(recipe: Recipe, model: Model, runtime: str, precision: str, path: Pa
 def measure_files(
     recipe: Recipe,
     folder: RunFolder,
-    artifacts: dict[tuple[str, str, str], Artifact],
+    artifacts: dict[File, Artifact],
     models: dict[str, Model],
 ) -> None:
     """Measure everything on each device; files of one device are timed in turn."""
@@ -104,13 +109,19 @@ def artifact_path(run_folder: Path, label: str, runtime: str, precision: str) ->
     return run_folder / "artifacts" / name
 
 
-def files_of(targets: Sequence[Target]) -> list[tuple[str, str, str]]:
-    """(network, runtime, precision) of the files that targets need.
+def judged(recipe: Recipe) -> File:
+    """The file that a search or a comparison goes by: the first target's."""
+    target = recipe.targets[0]
+    return "compressed", target.runtime, target.precision
+
+
+def files_of(targets: Sequence[Target]) -> list[File]:
+    """The files that targets need.
 
     The float32 file of both networks is always among them: the original's is what speed is
     compared with, the compressed one's is shipped where int8 is no faster.
     """
-    found: dict[tuple[str, str, str], None] = {}
+    found: dict[File, None] = {}
     for label in ("original", "compressed"):
         found |= {(label, target.runtime, "float32"): None for target in targets}
     found |= {("compressed", target.runtime, target.precision): None for target in targets}

@@ -36,7 +36,7 @@ from bevel.finetuning.train import finetune, seed_of
 from bevel.graph.couplings import analyze
 from bevel.models import build
 from bevel.models.batchnorm import recalibrate
-from bevel.pipeline.artifacts import export_all, measure_files
+from bevel.pipeline.artifacts import File, export_all, measure_files
 from bevel.pipeline.folder import RunFolder
 from bevel.pipeline.int8 import train_for_int8
 from bevel.pipeline.model import Model, example_of
@@ -80,13 +80,13 @@ class Flow:
         """Everything the recipe says, in order."""
         measure_files(self.recipe, self.folder, *self.compress())
 
-    def compress(self) -> tuple[dict[tuple[str, str, str], Artifact], dict[str, Model]]:
-        """All steps and files; nothing is measured and no test image is looked at."""
+    def compress(self, only: File | None = None) -> tuple[dict[File, Artifact], dict[str, Model]]:
+        """All steps and files, or one file; nothing is measured, no test image is looked at."""
         original, compressed = self.advance(len(self.recipe.steps))
         self._save(compressed, self.folder.path / "compressed.safetensors")
         self.folder.update(original=original.plan.before, compressed=compressed.plan.after)
         models = {"original": original, "compressed": compressed}
-        return export_all(self.recipe, self.folder, models), models
+        return export_all(self.recipe, self.folder, models, only), models
 
     def advance(self, steps: int) -> tuple[Model, Model]:
         """The first steps; what they start from that is whole, and what they lead to."""

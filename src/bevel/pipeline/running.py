@@ -9,6 +9,7 @@ from bevel.core import recipe as recipes
 from bevel.core.progress import note
 from bevel.core.recipe import Recipe
 from bevel.core.records import RunRecord
+from bevel.pipeline.artifacts import File
 from bevel.pipeline.explanation import Explanation
 from bevel.pipeline.flow import Flow
 from bevel.pipeline.folder import RunFolder, now
@@ -69,17 +70,23 @@ def _take_over(folder: RunFolder, other: Path) -> None:
 
 
 def compress(
-    recipe: Recipe, *, out: Path, leading: Sequence[Path] = (), steps: int | None = None
+    recipe: Recipe,
+    *,
+    out: Path,
+    leading: Sequence[Path] = (),
+    steps: int | None = None,
+    only: File | None = None,
 ) -> RunRecord:
     """Carry out a recipe up to its files, or go on. No test image is looked at.
 
-    `run` in the same folder goes on with measuring.
+    `run` in the same folder goes on with what is left: other files, and measuring.
 
     Args:
         recipe: a recipe.
         out: the run folder.
         leading: run folders of which finished steps are taken over, as far as they are the same.
         steps: stop after so many steps, before the files.
+        only: write this file and no other.
 
     Raises:
         BevelError: what failed and what to do; everything finished so far stays in the folder.
@@ -89,7 +96,7 @@ def compress(
         adopt(folder, leading)
         flow = Flow(recipe, folder)
         if steps is None:
-            flow.compress()
+            flow.compress(only)
         else:
             flow.advance(steps)
         return folder.record

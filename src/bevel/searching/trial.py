@@ -16,7 +16,7 @@ from bevel.core.records import Cost, Measurement, Record
 from bevel.data import Data
 from bevel.data import load as load_data
 from bevel.measurement.bench import Subject, images_for, measure_all
-from bevel.pipeline.artifacts import artifact_path
+from bevel.pipeline.artifacts import artifact_path, judged
 from bevel.pipeline.running import compress
 from bevel.reporting import read
 from bevel.runtimes import open_artifact
@@ -24,7 +24,7 @@ from bevel.runtimes import open_artifact
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe to carry out up to its files, or only its first `steps`.
+    """A recipe to carry out up to the file that is judged, or only its first `steps`.
 
     `leading` are run folders of which finished steps are taken over.
     """
@@ -46,7 +46,13 @@ class Verdict(Record):
 def attempt(task: Task) -> str | None:
     """Carry out a task, or go on with it; the reason if that failed."""
     try:
-        compress(task.recipe, out=task.out, leading=task.leading, steps=task.steps)
+        compress(
+            task.recipe,
+            out=task.out,
+            leading=task.leading,
+            steps=task.steps,
+            only=judged(task.recipe),
+        )
     except BevelError as error:
         return str(error)
     return None
@@ -62,7 +68,7 @@ def judge(task: Task, split: str = "validation") -> Verdict:
         BevelError: the file cannot be measured.
     """
     target = task.recipe.targets[0]
-    path = artifact_path(task.out, "compressed", target.runtime, target.precision)
+    path = artifact_path(task.out, *judged(task.recipe))
     (measurement,) = measure_all(
         [Subject("compressed", open_artifact(path))],
         device=target.device,
