@@ -7,9 +7,11 @@ The base is what the recipe's first step trains, or with --padded a public ResNe
 is: its padded shortcuts, which Torch-Pruning does not take, are written as projections that give
 the same. --work keeps the base and every finished training, so the same command goes on where it
 was. Torch-Pruning (GroupMagnitudeImportance, p=2, global, the ratio found by bisection) comes
-first, and bevel (by default as a prune step with criterion l2) gets what that has left of the MACs
-as its budget. Both round widths to the same number. Then both are fine-tuned by bevel's loop. Test
-images are looked at once, at the end, through the exported files.
+first, and bevel (by default as a prune step with criterion l2) gets what that has left as its
+budget: of the MACs, or with --budget latency_ms of the time for one image, as int8 on ONNX Runtime.
+Both round widths to the same number, but for a time bevel to the one that the runtime likes. Then
+both are fine-tuned by bevel's loop. Test images are looked at once, at the end, through the
+exported files.
 """
 
 from __future__ import annotations
@@ -31,16 +33,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bevel
 from bevel.core.files import write_json
-from bevel.core.recipe import Recipe, load
+from bevel.core.recipe import Recipe, Target, load
 from bevel.core.steps import Budget, FinetuneStep, PruneStep
 from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune
 from bevel.measurement.bench import Subject, measure_all
+from bevel.measurement.stopwatch import Stopwatch
 from bevel.models.batchnorm import recalibrate, unfold
+from bevel.pruning.plan import PruningPlan
+from bevel.runtimes import channel_step
 
 TOOLS = ("torch-pruning", "bevel")
 PACKAGES = ("bevel", "torch", "torch-pruning", "onnxruntime")
+TARGET = Target(runtime="onnxruntime", precision="int8")
+"""Where time counts."""
+
 HALVINGS = 12
 """Of the range in which Torch-Pruning's ratio is looked for."""
 
@@ -115,19 +123,45 @@ def _names(net: nn.Module, modules: list[nn.Module]) -> list[str]:
     return [name for name, module in net.named_modules() if module in modules]
 
 
-def ours(net: nn.Module, example: torch.Tensor, step: PruneStep, data: Data) -> nn.Module:
-    """What a prune step of bevel leaves: planned, removed, the rest of each layer fitted again."""
+def planned(net: nn.Module, example: torch.Tensor, step: PruneStep, data: Data) -> PruningPlan:
+    """What a prune step of bevel removes."""
     assert step.budget is not None and isinstance(step.align, int)  # noqa: S101
+    limits = step.budget.limits()
+    request: dict[str, Any] = {
+        "criterion": step.criterion,
+        "allocate": step.allocate,
+        "align": step.align,
+        "calibration": data.batches("validation", limit=512),
+    }
+    if "latency_ms" not in limits:
+        return bevel.plan_pruning(net, example, budget=limits, **request)
     images = [batch for batch, _ in data.batches("train", limit=512)]
-    plan = bevel.plan_pruning(
-        net, example, criterion=step.criterion, allocate=step.allocate,
-        budget=step.budget.limits(), align=step.align,
-        calibration=data.batches("validation", limit=512),
-    )  # fmt: skip
+    plan, timing = bevel.plan_within(
+        net, example, budget=limits, target=TARGET, images=images, **request
+    )
+    print(timing, flush=True)
+    return plan
+
+
+def ours(net: nn.Module, example: torch.Tensor, plan: PruningPlan, data: Data) -> nn.Module:
+    """What bevel leaves: removed, proven, the rest of each layer fitted again."""
+    images = [batch for batch, _ in data.batches("train", limit=512)]
     pruned = bevel.prune(net, plan)
     bevel.verify_pruning(net, pruned, plan, example)
     bevel.reconstruct(pruned, net, torch.cat(images), kept=plan.outputs())
     return pruned
+
+
+def remaining(
+    quantity: str, net: nn.Module, pruned: nn.Module, example: torch.Tensor, data: Data
+) -> float:
+    """Which share of its MACs, or of its time, a pruned network has left."""
+    if quantity == "macs":
+        return macs(pruned, example) / macs(net, example)
+    images = [batch for batch, _ in data.batches("train", limit=512)]
+    with Stopwatch(net, example, TARGET, images) as watch:
+        before, after = watch.compare(pruned)
+    return after / before
 
 
 def trained(
@@ -207,6 +241,7 @@ def main() -> None:
     parser.add_argument("--align", type=int, default=4)
     parser.add_argument("--criterion", default="l2", help="bevel's")
     parser.add_argument("--allocate", default="global", help="bevel's")
+    parser.add_argument("--budget", choices=("macs", "latency_ms"), default="macs", help="bevel's")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--precision", default="auto", help="of the trainings: one for both tools")
@@ -233,20 +268,27 @@ def main() -> None:
         ).net
     whole = macs(base, example), sum(p.numel() for p in base.parameters())
     pruned = {"torch-pruning": peer(base, example, given.share, given.align)}
-    left = macs(pruned["torch-pruning"], example) / whole[0]
-    step = PruneStep(
-        criterion=given.criterion,
-        allocate=given.allocate,
-        budget=Budget(macs=left),
-        align=given.align,
-    )
-    pruned["bevel"] = ours(base, example, step, data)
+    kept = given.work / "plan.json"  # a time is not measured twice to be the same
+    if not kept.exists():
+        liked = channel_step([(TARGET.runtime, TARGET.precision)])
+        align = given.align if given.budget == "macs" else liked
+        left = remaining(given.budget, base, pruned["torch-pruning"], example, data)
+        step = PruneStep(
+            criterion=given.criterion,
+            allocate=given.allocate,
+            budget=Budget.model_validate({given.budget: left}),
+            align=align,
+        )
+        planned(base, example, step, data).save(kept)
+    plan = PruningPlan.load(kept)
+    pruned["bevel"] = ours(base, example, plan, data)
     record: dict[str, Any] = {
         "recipe": given.recipe.name,
         "base": given.padded.name if given.padded is not None else "trained by the recipe",
         "align": given.align,
         "criterion": given.criterion,
         "allocate": given.allocate,
+        "budget": plan.request["budget"],
         "epochs": given.epochs,
         "lr": given.lr,
         "precision": given.precision,

@@ -160,6 +160,24 @@ def test_file_for_one_image_gets_a_batch_in_turn():
         run_batch(One(), images)
 
 
+@pytest.mark.parametrize(
+    ("images", "pieces"), [(0, [0]), (1, [1]), (32, [32]), (33, [32, 1]), (70, [32, 32, 6])]
+)
+def test_file_for_any_batch_gets_a_large_one_in_pieces(images, pieces):
+    seen = []
+
+    class Any:
+        inputs = [types.SimpleNamespace(shape=["batch", 3])]  # noqa: RUF012
+
+        def run(self, arrays):
+            seen.append(len(arrays[0]))
+            return [arrays[0] * 2]
+
+    batch = np.arange(3.0 * images).reshape(images, 3)
+    assert np.array_equal(run_batch(Any(), batch), batch * 2)
+    assert seen == pieces
+
+
 def described(label: str, precision: str, runtime: str = "onnxruntime") -> Subject:
     fields = {"path": label, "runtime": runtime, "precision": precision, "sha256": ""}
     return Subject(label, Artifact(**fields, inputs=[], outputs=[], size_bytes=1))
