@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bevel
 from bevel.core.files import write_json
 from bevel.core.recipe import Recipe, Target, load
-from bevel.core.steps import Budget, FinetuneStep, PruneStep
+from bevel.core.steps import FinetuneStep
 from bevel.data import Data
 from bevel.data.metrics import evaluate
 from bevel.finetuning.train import finetune
@@ -123,45 +123,41 @@ def _names(net: nn.Module, modules: list[nn.Module]) -> list[str]:
     return [name for name, module in net.named_modules() if module in modules]
 
 
-def planned(net: nn.Module, example: torch.Tensor, step: PruneStep, data: Data) -> PruningPlan:
-    """What a prune step of bevel removes."""
-    assert step.budget is not None and isinstance(step.align, int)  # noqa: S101
-    limits = step.budget.limits()
+def planned(
+    net: nn.Module,
+    example: torch.Tensor,
+    peers: nn.Module,
+    data: Data,
+    images: list[torch.Tensor],
+    given: argparse.Namespace,
+) -> PruningPlan:
+    """What bevel removes, to have left what the other tool's network has."""
     request: dict[str, Any] = {
-        "criterion": step.criterion,
-        "allocate": step.allocate,
-        "align": step.align,
+        "criterion": given.criterion,
+        "allocate": given.allocate,
         "calibration": data.batches("validation", limit=512),
     }
-    if "latency_ms" not in limits:
-        return bevel.plan_pruning(net, example, budget=limits, **request)
-    images = [batch for batch, _ in data.batches("train", limit=512)]
+    if given.budget == "macs":
+        left = macs(peers, example) / macs(net, example)
+        return bevel.plan_pruning(net, example, budget={"macs": left}, align=given.align, **request)
+    with Stopwatch(net, example, TARGET, images) as watch:
+        before, after = watch.compare(peers)
     plan, timing = bevel.plan_within(
-        net, example, budget=limits, target=TARGET, images=images, **request
-    )
+        net, example, budget={"latency_ms": after / before}, target=TARGET, images=images,
+        align=channel_step([(TARGET.runtime, TARGET.precision)]), **request,
+    )  # fmt: skip
     print(timing, flush=True)
     return plan
 
 
-def ours(net: nn.Module, example: torch.Tensor, plan: PruningPlan, data: Data) -> nn.Module:
+def ours(
+    net: nn.Module, example: torch.Tensor, plan: PruningPlan, images: list[torch.Tensor]
+) -> nn.Module:
     """What bevel leaves: removed, proven, the rest of each layer fitted again."""
-    images = [batch for batch, _ in data.batches("train", limit=512)]
     pruned = bevel.prune(net, plan)
     bevel.verify_pruning(net, pruned, plan, example)
     bevel.reconstruct(pruned, net, torch.cat(images), kept=plan.outputs())
     return pruned
-
-
-def remaining(
-    quantity: str, net: nn.Module, pruned: nn.Module, example: torch.Tensor, data: Data
-) -> float:
-    """Which share of its MACs, or of its time, a pruned network has left."""
-    if quantity == "macs":
-        return macs(pruned, example) / macs(net, example)
-    images = [batch for batch, _ in data.batches("train", limit=512)]
-    with Stopwatch(net, example, TARGET, images) as watch:
-        before, after = watch.compare(pruned)
-    return after / before
 
 
 def trained(
@@ -268,20 +264,13 @@ def main() -> None:
         ).net
     whole = macs(base, example), sum(p.numel() for p in base.parameters())
     pruned = {"torch-pruning": peer(base, example, given.share, given.align)}
-    kept = given.work / "plan.json"  # a time is not measured twice to be the same
-    if not kept.exists():
-        liked = channel_step([(TARGET.runtime, TARGET.precision)])
-        align = given.align if given.budget == "macs" else liked
-        left = remaining(given.budget, base, pruned["torch-pruning"], example, data)
-        step = PruneStep(
-            criterion=given.criterion,
-            allocate=given.allocate,
-            budget=Budget.model_validate({given.budget: left}),
-            align=align,
-        )
-        planned(base, example, step, data).save(kept)
+    images = [batch for batch, _ in data.batches("train", limit=512)]
+    asked = (given.criterion, given.allocate, given.budget, given.share, given.align)
+    kept = given.work / f"plan-{'-'.join(map(str, asked))}.json"
+    if not kept.exists():  # a time is not measured twice to be the same
+        planned(base, example, pruned["torch-pruning"], data, images, given).save(kept)
     plan = PruningPlan.load(kept)
-    pruned["bevel"] = ours(base, example, plan, data)
+    pruned["bevel"] = ours(base, example, plan, images)
     record: dict[str, Any] = {
         "recipe": given.recipe.name,
         "base": given.padded.name if given.padded is not None else "trained by the recipe",
@@ -296,7 +285,6 @@ def main() -> None:
         "pruned": {},
     }
     for tool, result in pruned.items():
-        images = (batch for batch, _ in data.batches("train", limit=512))
         judged = copy.deepcopy(result)
         if tool == "torch-pruning":  # it leaves the old statistics; training makes new ones
             recalibrate(judged, images)

@@ -109,12 +109,6 @@ def artifact_path(run_folder: Path, label: str, runtime: str, precision: str) ->
     return run_folder / "artifacts" / name
 
 
-def judged(recipe: Recipe) -> File:
-    """The file that a search or a comparison goes by: the first target's."""
-    target = recipe.targets[0]
-    return "compressed", target.runtime, target.precision
-
-
 def files_of(targets: Sequence[Target]) -> list[File]:
     """The files that targets need.
 

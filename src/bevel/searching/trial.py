@@ -16,7 +16,7 @@ from bevel.core.records import Cost, Measurement, Record
 from bevel.data import Data
 from bevel.data import load as load_data
 from bevel.measurement.bench import Subject, images_for, measure_all
-from bevel.pipeline.artifacts import artifact_path, judged
+from bevel.pipeline.artifacts import File, artifact_path
 from bevel.pipeline.running import compress
 from bevel.reporting import read
 from bevel.runtimes import open_artifact
@@ -51,7 +51,7 @@ def attempt(task: Task) -> str | None:
             out=task.out,
             leading=task.leading,
             steps=task.steps,
-            only=judged(task.recipe),
+            only=_judged(task.recipe),
         )
     except BevelError as error:
         return str(error)
@@ -68,7 +68,7 @@ def judge(task: Task, split: str = "validation") -> Verdict:
         BevelError: the file cannot be measured.
     """
     target = task.recipe.targets[0]
-    path = artifact_path(task.out, *judged(task.recipe))
+    path = artifact_path(task.out, *_judged(task.recipe))
     (measurement,) = measure_all(
         [Subject("compressed", open_artifact(path))],
         device=target.device,
@@ -85,6 +85,12 @@ def judge(task: Task, split: str = "validation") -> Verdict:
     verdict = Verdict(recipe=recipe, measurement=measurement, cost=cost)
     write_json(_verdict_file(task, split), verdict.model_dump(mode="json"))
     return verdict
+
+
+def _judged(recipe: Recipe) -> File:
+    """The file that a trial goes by: that of the compressed network for the first target."""
+    target = recipe.targets[0]
+    return "compressed", target.runtime, target.precision
 
 
 def recall(task: Task, split: str = "validation") -> Verdict | None:
